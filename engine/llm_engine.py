@@ -1,0 +1,303 @@
+"""LLMEngine: requests in, outputs out, one step at a time. Not safe for threads; AsyncEngine and LLM build on it."""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
+
+import msgspec
+
+from engine.block_pool import BlockPool
+from engine.config import EngineConfig
+from engine.errors import QueueFullError, RequestError
+from engine.grammar import GrammarCompiler, GrammarState
+from engine.model_config import ModelConfig
+from engine.outcome import LaunchedStep, StepResult
+from engine.request import (
+    EngineRequest,
+    FinishReason,
+    Request,
+    RequestOutput,
+    RequestState,
+    SamplingParams,
+    TokenLogprobs,
+)
+from engine.runner import ModelRunner
+from engine.scheduler import Scheduler, Step
+from engine.tokenizer import Tokenizer, read_eos_token_ids
+from engine.weights.hub import resolve_model
+
+logger = logging.getLogger(__name__)
+
+NUM_FINISHED_STATES = 1024
+"""How many ended requests can still be asked about."""
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """Load and running totals of an engine."""
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    """Tokens of waiting requests still to be computed, prefix cache not considered."""
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_owned_blocks: int
+    num_steps: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_cached_prompt_tokens: int
+    num_generated_tokens: int
+    num_guessed_tokens: int
+    """Tokens that were guessed and verified, see engine.speculation ..."""
+    num_right_guesses: int
+    """... and those of them that were right."""
+    step_s: float
+    """Duration of the last step."""
+
+
+class LLMEngine:
+    """The engine.
+
+    Args:
+        config: see EngineConfig.
+
+    Raises:
+        CheckpointError: the model cannot be found or used.
+        ConfigError: the configuration does not fit machine or model.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        path = resolve_model(config.model, config.revision)
+        self.model_config = ModelConfig.from_dir(path)
+        self.tokenizer = Tokenizer.from_dir(path)
+        self.eos_token_ids = read_eos_token_ids(path, self.tokenizer)
+        self.vocab_size = self.model_config.vocab_size
+        if config.load_format != "dummy":  # rows past the tokenizer's last id are padding in real checkpoints
+            self.vocab_size = min(self.vocab_size, self.tokenizer.vocab_size)
+        self._grammars = GrammarCompiler(self.tokenizer.to_json(), self.vocab_size, self.eos_token_ids)
+        self.runner = ModelRunner(config, self.model_config, path, self.vocab_size)
+        self.max_model_len = self.runner.max_model_len
+        self._pool = BlockPool(self.runner.num_blocks, config.enable_prefix_caching)
+        self._scheduler = Scheduler(
+            self._pool,
+            config.block_size,
+            config.max_num_seqs,
+            self.runner.max_num_batched_tokens,
+            num_speculative_tokens=config.num_speculative_tokens,
+        )
+        self._requests: dict[str, Request] = {}
+        self._finished: OrderedDict[str, RequestState] = OrderedDict()
+        self._overlap = self.runner.device.type == "cuda" if config.overlap_steps is None else config.overlap_steps
+        if config.num_speculative_tokens:  # guesses are looked up in tokens that the host has
+            self._overlap = False
+        self._in_flight: tuple[Step, LaunchedStep] | None = None
+        self._num_steps = 0
+        self._step_s = 0.0
+
+    def validate(self, source: EngineRequest) -> None:
+        """Raise RequestError if the request could never run. Safe to call from any thread."""
+        prompt, params = source.prompt_token_ids, source.params
+        if not prompt:
+            raise RequestError("the prompt has no tokens, expected at least 1", "prompt")
+        self._check_token_ids(prompt, "prompt")
+        self._check_token_ids(params.stop_token_ids, "stop_token_ids")
+        self._check_token_ids(tuple(params.logit_bias), "logit_bias")
+        self._check_token_ids(params.allowed_token_ids or (), "allowed_token_ids")
+        self._check_token_ids(params.logprob_token_ids, "logprob_token_ids")
+        for word in params.bad_word_ids:
+            self._check_token_ids(word, "bad_words")
+        self._check_token_ids(params.thinking.closing_ids if params.thinking is not None else (), "thinking")
+        self._check_a_token_is_possible(params)
+        if len(prompt) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, expected fewer than the context of {self.max_model_len}",
+                "prompt",
+            )
+        if params.max_tokens is not None and len(prompt) + params.max_tokens > self.max_model_len:
+            raise RequestError(
+                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} make "
+                f"{len(prompt) + params.max_tokens}, expected at most the context of {self.max_model_len}",
+                "max_tokens",
+            )
+
+    def add_request(self, source: EngineRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: it could never run, or its id is in use.
+            QueueFullError: `max_num_waiting` requests wait already.
+        """
+        self.validate(source)
+        self.check_room(source.request_id)
+        self.enqueue(source, self.start_grammar(source.params))
+
+    def start_grammar(self, params: SamplingParams) -> GrammarState | None:
+        """What `enqueue` needs to know about the grammar, if there is one. See GrammarCompiler.start.
+
+        Raises:
+            RequestError: the grammar cannot be used.
+        """
+        return None if params.grammar is None else self._grammars.start(params.grammar)
+
+    def check_room(self, request_id: str, num_pending: int = 0) -> None:
+        """Raise if `enqueue` must not follow: the id is in use, or too many requests wait, `num_pending` besides."""
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use, expected a new one", "request_id")
+        num_waiting = len(self._scheduler.waiting) + num_pending
+        if num_waiting >= self.config.max_num_waiting:
+            raise QueueFullError(f"{num_waiting} requests are waiting, the most that may (max_num_waiting)")
+
+    def enqueue(self, source: EngineRequest, grammar: GrammarState | None) -> None:
+        """Queue a request that `validate` and `check_room` passed, with what `start_grammar` returned for it."""
+        request = Request(source, self.eos_token_ids, self.max_model_len, grammar)
+        self._requests[request.request_id] = request
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now and free all it holds. False if there is no such request (any more)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._scheduler.finish(request, FinishReason.ABORT)
+        self._forget(request)
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests) or self._in_flight is not None
+
+    def step(self) -> list[RequestOutput]:
+        """Launch a step and take in the outcome of one: this one, or with overlapped steps the one before.
+
+        Returns:
+            An output for every request that got a token or ended.
+        """
+        start = time.monotonic()
+        step = self._scheduler.schedule()
+        outputs: list[RequestOutput] = []
+
+        def finish_in_flight() -> None:
+            """Take in the step before, while the device works on this one's forward pass."""
+            if self._in_flight is not None:
+                in_flight, self._in_flight = self._in_flight, None
+                outputs.extend(self._take_in(*in_flight))
+
+        launched = (step, self.runner.launch(step, finish_in_flight)) if step.requests else None
+        if self._overlap:
+            finish_in_flight()
+            self._in_flight = launched
+        elif launched is not None:
+            outputs = self._take_in(*launched)
+        self._step_s = time.monotonic() - start
+        return outputs
+
+    def request_state(self, request_id: str) -> RequestState | None:
+        """A snapshot of a live or recently ended request."""
+        request = self._requests.get(request_id)
+        return self._finished.get(request_id) if request is None else request.state()
+
+    def stats(self) -> EngineStats:
+        scheduler, pool, counters = self._scheduler, self._pool, self._scheduler.counters
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_waiting_tokens=sum(request.num_tokens for request in scheduler.waiting),
+            num_blocks=pool.num_blocks,
+            num_free_blocks=pool.num_free,
+            num_cached_blocks=pool.num_cached,
+            num_owned_blocks=pool.num_owned,
+            num_steps=self._num_steps,
+            num_preemptions=counters.num_preemptions,
+            num_prompt_tokens=counters.num_prompt_tokens,
+            num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
+            num_generated_tokens=counters.num_generated_tokens,
+            num_guessed_tokens=counters.num_guessed_tokens,
+            num_right_guesses=counters.num_right_guesses,
+            step_s=self._step_s,
+        )
+
+    def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
+            bad = next(token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size)
+            raise RequestError(f"{param} has token id {bad}, expected 0 to {self.vocab_size - 1}", param)
+
+    def _check_a_token_is_possible(self, params: SamplingParams) -> None:
+        """Before `min_tokens` the ids that end the output are banned, and other ids may not be allowed."""
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)}
+        if params.min_tokens and params.allowed_token_ids is not None and ends.issuperset(params.allowed_token_ids):
+            raise RequestError(
+                f"allowed_token_ids has only ids that end the output, expected others too as min_tokens is "
+                f"{params.min_tokens}",
+                "allowed_token_ids",
+            )
+
+    def _take_in(self, step: Step, launched: LaunchedStep) -> list[RequestOutput]:
+        """Wait for a launched step, tell the scheduler its outcome and make the outputs."""
+        result = launched.result()
+        self._num_steps += 1
+        for prompt_of, entries in result.prompt_logprobs:
+            prompt_of.prompt_logprobs = (prompt_of.prompt_logprobs or []) + entries
+        outputs = [] if all(result.is_finite) else self._fail_bad_requests(step, result)
+        requests = self._scheduler.update(step, result.token_ids)
+        if step.guesses:
+            return outputs + self._outputs_with_guesses(step, result, requests)
+        for request, token_id, logprobs in zip(requests, result.token_ids, result.logprobs, strict=True):
+            if request is not None:
+                outputs.append(self._output(request, [token_id], None if logprobs is None else [logprobs]))
+        return outputs
+
+    def _outputs_with_guesses(
+        self, step: Step, result: StepResult, requests: Sequence[Request | None]
+    ) -> list[RequestOutput]:
+        """One output for each request, whose tokens are next to each other; those after wrong guesses are nobody's."""
+        outputs = []
+        entries = zip(step.sampling, requests, result.token_ids, result.logprobs, strict=True)
+        for _, group in groupby(entries, key=itemgetter(0)):
+            kept = [(request, token_id, logprobs) for _, request, token_id, logprobs in group if request is not None]
+            if kept:
+                request, token_ids, logprobs = kept[0][0], [token_id for _, token_id, _ in kept], kept[0][2]
+                found = None if logprobs is None else [entry for _, _, entry in kept if entry is not None]
+                outputs.append(self._output(request, token_ids, found))
+        return outputs
+
+    def _fail_bad_requests(self, step: Step, result: StepResult) -> list[RequestOutput]:
+        """End the requests whose logits are no numbers. The others go on."""
+        outputs = []
+        for index, is_finite in zip(step.sampling, result.is_finite, strict=True):
+            request = step.requests[index]
+            if is_finite or request.finish_reason is not None:
+                continue
+            error = "the model's logits are not finite numbers"
+            logger.error("request %s ends: %s", request.request_id, error)
+            self.runner.clear_blocks(self._scheduler.discard(request, error))
+            self._forget(request)
+            outputs.append(RequestOutput(request.request_id, [], finish_reason=FinishReason.ERROR, error=error))
+        return outputs
+
+    def _output(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> RequestOutput:
+        if request.finish_reason is not None:
+            self._forget(request)
+        if request.finish_reason is FinishReason.ERROR:
+            return RequestOutput(
+                request.request_id, [], finish_reason=FinishReason.ERROR, error=request.error, error_param="grammar"
+            )
+        return RequestOutput(
+            request.request_id,
+            token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=request.prompt_logprobs if request.num_output_tokens == len(token_ids) else None,
+            finish_reason=request.finish_reason,
+            stop_token_id=request.stop_token_id,
+            num_cached_tokens=request.num_cached_tokens,
+        )
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        self._finished[request.request_id] = request.state()
+        if len(self._finished) > NUM_FINISHED_STATES:
+            self._finished.popitem(last=False)

@@ -1,0 +1,305 @@
+"""One step on the device: forward, logits, sampling; and the memory that takes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.attention import AttentionBatch, create_backend
+from engine.batch import BatchTables, HostBatch, StepInputs
+from engine.config import EngineConfig
+from engine.decode_graphs import Decoded, DecodeGraphs
+from engine.device import choose_device, choose_dtype, choose_kv_cache_dtype, kv_cache_bytes
+from engine.errors import ConfigError
+from engine.kv_cache import KvCacheSpec, clear_blocks
+from engine.layers.rotary import build_cos_sin
+from engine.model_config import ModelConfig
+from engine.models.registry import find_model
+from engine.outcome import LaunchedStep, PromptPart
+from engine.request import EngineRequest, Request, SamplingParams
+from engine.sampling.batch import SampledTokens, SamplingBatch
+from engine.sampling.logprobs import gather_logprobs
+from engine.sampling.sampler import sample
+from engine.sampling.table import SamplingTable
+from engine.scheduler import Step
+from engine.staging import Staging
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.dummy_checkpoint import DummyCheckpoint
+from engine.weights.loader import load_weights
+from engine.weights.open_checkpoint import open_checkpoint
+from engine.weights.quantization import choose_quantization
+from engine.weights.quantized_checkpoint import quantize
+from kernels.backend import uses_triton
+from kernels.sample import sample_tokens
+
+STEP_TOKENS = {"cuda": 8192, "cpu": 256}
+"""Most tokens in a step unless told otherwise. On a CPU more are no faster, and others wait as long as a step takes."""
+PROMPT_LOGIT_ROWS = 256
+"""Prompt positions whose logits exist at one time: a long prompt's [tokens, vocabulary] never does."""
+LARGEST_SAMPLING = SamplingParams(seed=0, top_p=0.9, presence_penalty=0.1)
+"""What takes the sampler most memory."""
+WARM_UP_LENGTHS = (1, 2, 16, 128)
+"""Of new tokens in a request: attention has kernels for one, and for tiles of three sizes."""
+
+
+class ModelRunner:
+    """Owns the model, the KV cache and the batch tables.
+
+    Args:
+        config: the engine's configuration.
+        model_config: the checkpoint's.
+        path: folder of the checkpoint.
+        vocab_size: ids the tokenizer knows; logits past them are padding.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        ConfigError: memory is too small for the configuration.
+    """
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, path: Path, vocab_size: int) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.device = choose_device(config)
+        self.dtype = choose_dtype(config, model_config, self.device)
+        self.block_size = config.block_size
+        self.max_num_batched_tokens = config.max_num_batched_tokens or STEP_TOKENS[self.device.type]
+        self._staging = Staging(self.device)
+        cache_dtype = choose_kv_cache_dtype(config, self.dtype, self.device)
+        self.backend = create_backend(
+            model_config, config.block_size, self._staging, self.dtype, cache_dtype, config.attention_backend
+        )
+        with torch.device("meta"):
+            self.model = find_model(model_config.architectures)(model_config, self.backend)
+        checkpoint: Checkpoint = (
+            DummyCheckpoint(self.model, self.device, self.dtype)
+            if config.load_format == "dummy"
+            else open_checkpoint(path, self.dtype)
+        )
+        quantization = choose_quantization(config, model_config, self.device, self.dtype)
+        if quantization is not None:
+            checkpoint = quantize(self.model, checkpoint, quantization, self.device)
+        load_weights(self.model, checkpoint, self.device, self.dtype, config.show_progress)
+
+        longest = config.max_model_len or model_config.context_length
+        if model_config.sliding_window is not None and longest > model_config.sliding_window:
+            raise ConfigError(
+                f"max_model_len is {longest}, expected at most the sliding window of {model_config.sliding_window}: "
+                "attention over part of a context is not supported"
+            )
+        trained = model_config.max_position_embeddings
+        self._cos_sin = build_cos_sin(model_config.rope, model_config.head_dim, longest, trained, self.device)
+        self._kv_spec = KvCacheSpec.of(model_config, config.block_size, cache_dtype)
+        self.graphs: DecodeGraphs | None = None
+        self._warm_up(config, longest, vocab_size)
+        budget = kv_cache_bytes(config, self.device)
+        self.num_blocks, self.max_model_len = self._kv_spec.fit(config, budget, longest)
+        self._kv_caches = self._kv_spec.allocate(self.num_blocks, self.device)
+        self._tables = BatchTables(
+            config.max_num_seqs,
+            self.max_model_len,
+            config.block_size,
+            padding_block=self.num_blocks,
+            staging=self._staging,
+        )
+        self._sampling = SamplingTable(config.max_num_seqs, vocab_size, self.device)
+        if self.device.type == "cuda" and not config.enforce_eager:
+            self.use_decode_graphs(config, capture=True)
+
+    @torch.inference_mode()
+    def use_decode_graphs(self, config: EngineConfig, capture: bool) -> None:
+        """Run decode steps at bucketed sizes from now on; see DecodeGraphs."""
+        self.graphs = DecodeGraphs(
+            self.decode, config.max_num_seqs, self._tables.padding_slot, self._staging, capture, config.show_progress
+        )
+
+    @torch.inference_mode()
+    def launch(self, step: Step, before_masks: Callable[[], object] = lambda: None) -> LaunchedStep:
+        """Start a non-empty step; the steps launched before it end before it begins.
+
+        Args:
+            step: what to compute.
+            before_masks: called after the forward pass is launched, and before grammars are asked what may come next:
+                they must know all tokens by then.
+        """
+        for request in step.admitted:
+            self._tables.admit(request)
+            self._sampling.set_row(request.slot, request)
+        for request in step.grown:
+            self._tables.grow(request)
+        for request, guesses in step.guesses.items():
+            self._tables.guess(request, guesses)
+        self._tables.flush()
+        batch = self._tables.build(step)
+        if self.graphs is not None and batch.is_decode:
+            return LaunchedStep(*self._decode_by_graph(self.graphs, batch, before_masks))
+        hidden = self.model(self._to_device(batch))
+        prompts = [
+            part
+            for index, row in zip(batch.order.tolist(), batch.query_starts.tolist(), strict=True)
+            if step.requests[index].needs_prompt_logits
+            for part in self._prompt_logprobs(
+                step.requests[index], step.starts[index], hidden[row : row + step.num_new_tokens[index]]
+            )
+        ]
+        rows = batch.sample_rows
+        if len(rows) != len(hidden) or (rows[1:] < rows[:-1]).any():
+            hidden = hidden.index_select(0, *self._staging.send(rows))
+        return LaunchedStep(*self._sample(batch, self.model.compute_logits(hidden), before_masks), prompts)
+
+    def decode(self, slots: Tensor, positions: Tensor, settings: Tensor) -> Decoded:
+        """A step of one row a request, with a next token for each. What it launches depends on the batch size alone.
+
+        Args:
+            slots, positions: int64 [batch].
+            settings: float64 [batch, 5], see `sample_tokens`.
+        """
+        block_tables = self._tables.block_table.index_select(0, slots)
+        step = StepInputs(
+            input_ids=self._tables.input_ids(slots, positions),
+            cos_sin=self._cos_sin.index_select(0, positions),
+            slot_mapping=self._tables.slot_mapping(slots, positions),
+            attention_plan=self.backend.plan_decode(block_tables, (positions + 1).int()),
+            kv_caches=self._kv_caches,
+        )
+        hidden = self.model(step)
+        return Decoded(hidden, *self._draw_plain(self.model.compute_logits(hidden), slots, positions + 1, settings))
+
+    @torch.inference_mode()
+    def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits after every token of a text, [num_tokens, vocab_size] float32 on the host, for evaluation.
+
+        Beside the engine's steps: the text's keys and values are in memory of their own, and are forgotten.
+        """
+        ids = torch.tensor(token_ids)
+        logits = torch.empty(len(ids), self._sampling.vocab_size)
+        num_blocks = -(-len(ids) // self.block_size)
+        caches = self._kv_spec.allocate(num_blocks, self.device)
+        blocks = torch.arange(num_blocks, dtype=torch.int32, device=self.device)[None]
+        for start in range(0, len(ids), self.max_num_batched_tokens):
+            end = min(start + self.max_num_batched_tokens, len(ids))
+            shape = AttentionBatch(np.array([0]), np.array([end - start]), np.array([end]), blocks)
+            step = StepInputs(
+                input_ids=ids[start:end].to(self.device),
+                cos_sin=self._cos_sin[start:end],
+                slot_mapping=torch.arange(start, end, device=self.device),
+                attention_plan=self.backend.plan(shape),
+                kv_caches=caches,
+            )
+            for row, hidden in enumerate(self.model(step).split(PROMPT_LOGIT_ROWS)):
+                first = start + row * PROMPT_LOGIT_ROWS
+                part = self.model.compute_logits(hidden)[:, : self._sampling.vocab_size]
+                logits[first : first + len(hidden)] = part.float().cpu()
+        return logits
+
+    def clear_blocks(self, blocks: list[int]) -> None:
+        """Zero blocks whose content is no numbers."""
+        clear_blocks(self._kv_caches, blocks)
+
+    def _decode_by_graph(
+        self, graphs: DecodeGraphs, batch: HostBatch, before_masks: Callable[[], object]
+    ) -> tuple[SampledTokens, SamplingBatch | None]:
+        """What `decode` does. Where rows need more than that, their tokens are drawn anew and written over its own."""
+        settings = self._sampling.plain_settings(batch.request_slots, batch.context_lens)
+        decoded = graphs.launch(batch.request_slots, batch.positions, settings)
+        if settings is None:
+            return self._draw_any(batch, self.model.compute_logits(decoded.hidden), before_masks)
+        return SampledTokens(decoded.token_ids, decoded.is_finite, None), None
+
+    def _sample(
+        self, batch: HostBatch, logits: Tensor, before_masks: Callable[[], object]
+    ) -> tuple[SampledTokens | None, SamplingBatch | None]:
+        """Draw the next tokens and write them where the next step reads them. Nothing if no request gets one."""
+        if not len(batch.sampling):
+            return None, None
+        if uses_triton(logits):
+            slots, positions = batch.sample_slots, batch.sample_positions
+            settings = self._sampling.plain_settings(slots, positions)
+            if settings is not None:
+                token_ids, is_finite = self._draw_plain(logits, *self._staging.send(slots, positions, settings))
+                return SampledTokens(token_ids, is_finite, None), None
+        return self._draw_any(batch, logits, before_masks)
+
+    def _draw_plain(self, logits: Tensor, slots: Tensor, positions: Tensor, settings: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and whether logits are finite, by the kernels that know neither edits nor logprobs."""
+        token_ids, is_finite = sample_tokens(logits, settings, self._sampling.vocab_size)
+        self._tables.append(slots, positions, token_ids)
+        return token_ids, is_finite
+
+    def _draw_any(
+        self, batch: HostBatch, logits: Tensor, before_masks: Callable[[], object]
+    ) -> tuple[SampledTokens, SamplingBatch]:
+        """Tokens and logprobs, by the sampler that knows all parameters."""
+        if self._sampling.has_grammar(batch.sample_slots):
+            before_masks()
+        sampling = self._sampling.gather(batch.sample_slots, batch.sample_positions, self._tables.token_ids)
+        sampled = sample(logits, sampling)
+        slots, positions = self._staging.send(batch.sample_slots, batch.sample_positions)
+        self._tables.append(slots, positions, sampled.token_ids)
+        return sampled, sampling
+
+    def _prompt_logprobs(self, request: Request, start: int, hidden: Tensor) -> Iterator[PromptPart]:
+        """Log-probabilities of the prompt tokens that these rows predict, as far as they are not known yet.
+
+        `hidden[i]` is the token at `start + i` and predicts the one after it.
+        """
+        num_top = request.params.prompt_logprobs or 0
+        first = max(start, len(request.prompt_logprobs or ()))
+        last = min(start + len(hidden), request.num_prompt_tokens - 1)
+        for position in range(first, last, PROMPT_LOGIT_ROWS):
+            end = min(position + PROMPT_LOGIT_ROWS, last)
+            logits = self.model.compute_logits(hidden[position - start : end - start])
+            (targets,) = self._staging.send(np.array(request.token_ids[position + 1 : end + 1]))
+            yield PromptPart(
+                request, num_top, targets, gather_logprobs(logits[:, : self._sampling.vocab_size], targets, num_top)
+            )
+
+    def _to_device(self, batch: HostBatch) -> StepInputs:
+        slots, positions, request_slots = self._staging.send(batch.row_slots, batch.positions, batch.request_slots)
+        max_blocks = -(-int(batch.context_lens.max()) // self.block_size)
+        block_tables = self._tables.block_table[:, :max_blocks].index_select(0, request_slots)
+        return StepInputs(
+            input_ids=self._tables.input_ids(slots, positions),
+            cos_sin=self._cos_sin.index_select(0, positions),
+            slot_mapping=self._tables.slot_mapping(slots, positions),
+            attention_plan=self.backend.plan(
+                AttentionBatch(batch.query_starts, batch.query_lens, batch.context_lens, block_tables)
+            ),
+            kv_caches=self._kv_caches,
+        )
+
+    @torch.inference_mode()
+    def _warm_up(self, config: EngineConfig, longest: int, vocab_size: int) -> None:
+        """Run the largest step there can be, so that its memory is counted before KV blocks take the rest.
+
+        On a GPU, short ones too: kernels are compiled now and not at the first request. On a CPU, where memory is not
+        counted, a short one suffices: it makes the libraries set themselves up.
+        """
+        on_cuda = self.device.type == "cuda"
+        num_requests = min(config.max_num_seqs, self.max_num_batched_tokens) if on_cuda else 1
+        length = min(self.max_num_batched_tokens // num_requests, longest) if on_cuda else min(16, longest)
+        num_blocks = -(-length // self.block_size)
+        self._kv_caches = self._kv_spec.allocate(num_requests * num_blocks, self.device)
+        room = min(longest, num_requests * num_blocks * self.block_size)
+        self._tables = BatchTables(
+            num_requests, room, self.block_size, padding_block=num_requests * num_blocks, staging=self._staging
+        )
+        self._sampling = SamplingTable(num_requests, vocab_size, self.device)
+        self._run_dummies(num_requests, length, LARGEST_SAMPLING)
+        for shorter in WARM_UP_LENGTHS if on_cuda else ():
+            self._run_dummies(1, min(shorter, room), SamplingParams(seed=0))
+        self._kv_caches = []
+
+    def _run_dummies(self, num_requests: int, length: int, params: SamplingParams) -> None:
+        """One step of whole prompts of a length, in blocks of their own."""
+        step = Step(starts=[0] * num_requests, num_new_tokens=[length] * num_requests)
+        num_blocks = -(-length // self.block_size)
+        for slot in range(num_requests):
+            source = EngineRequest(request_id="", prompt_token_ids=[0] * length, params=params)
+            request = Request(source, (), length + 1)
+            request.slot, request.block_table = slot, list(range(slot * num_blocks, (slot + 1) * num_blocks))
+            step.requests.append(request)
+            step.admitted.append(request)
+            step.sampling.append(slot)
+        self.launch(step).result()

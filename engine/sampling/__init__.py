@@ -1,0 +1,1 @@
+"""Logits → tokens and log-probabilities, each request by its own parameters."""

@@ -1,0 +1,172 @@
+"""A quantized model and the checkpoint that fills it: linear layers are swapped, tensors converted as they are read."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import CheckpointError
+from engine.layers.linear import Linear
+from engine.layers.moe import MoE
+from engine.weights.checkpoint import Checkpoint, TensorInfo
+from engine.weights.messages import dtype_text, shape_text, shown
+from engine.weights.quantization import Quantization
+from engine.weights.quantized_formats import Expected
+
+OUTPUT_PROJECTION = "lm_head"
+"""Never quantized, nor are embeddings and norms."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One weight of the checkpoint: a linear layer, or one of those that a packed layer computes at once."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+
+class QuantizedCheckpoint:
+    """`source` with the tensors of each quantized layer replaced by what a `QuantizedLinear` stores.
+
+    A layer's tensors are read, converted and handed over one layer at a time.
+
+    Args:
+        source: the checkpoint as it lies on disk.
+        parts: the quantized weights in it.
+        quantization: how they are stored.
+        device: where they are converted.
+
+    Raises:
+        CheckpointError: a tensor is missing, of the wrong shape or type: the first one is named, others are counted.
+    """
+
+    def __init__(
+        self, source: Checkpoint, parts: list[_Part], quantization: Quantization, device: torch.device
+    ) -> None:
+        self._source, self._format, self._device = source, quantization.format, device
+        problems: list[str] = []
+        self._sources: dict[str, list[str]] = {}
+        converted: dict[str, dict[str, TensorInfo]] = {}
+        part_of: dict[str, str] = {}
+        for part in parts:
+            expected = self._format.expected(part.out_features, part.in_features)
+            problems += _problems(source.tensors, part, expected, quantization.label)
+            self._sources[part.name] = [name for name in expected if f"{part.name}.{name}" in source.tensors]
+            part_of |= {f"{part.name}.{name}": part.name for name in self._sources[part.name]}
+            converted[part.name] = {
+                f"{part.name}.{name}": TensorInfo("", *stored)
+                for name, stored in self._format.layer.stored(part.out_features, part.in_features).items()
+            }
+        if problems:
+            more = f" ({len(problems) - 1:,} more such errors)" if len(problems) > 1 else ""
+            raise CheckpointError(problems[0] + more)
+        self.tensors: dict[str, TensorInfo] = {}
+        """Where the first tensor of a layer lies in the source, all of the layer's converted ones are listed."""
+        for name, info in source.tensors.items():
+            if name not in part_of:
+                self.tensors[name] = info
+            else:
+                for new_name, new_info in converted.pop(part_of[name], {}).items():
+                    self.tensors[new_name] = new_info._replace(file=info.file)
+        self._converted: dict[str, Tensor] = {}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as `tensors` describes it. Those of a quantized layer can be read once.
+
+        Raises:
+            CheckpointError: the data cannot be read, or cannot be what it should be.
+        """
+        part, _, attribute = name.rpartition(".")
+        if part not in self._sources or attribute not in self._format.layer.stored(1, 1):
+            return self._source.read(name)
+        if name not in self._converted:
+            self._converted = self._convert(part)
+        return self._converted.pop(name)
+
+    def _convert(self, part: str) -> dict[str, Tensor]:
+        names = self._sources[part]
+        tensors = {name: self._source.read(f"{part}.{name}").to(self._device) for name in names}
+        try:
+            return {f"{part}.{name}": tensor for name, tensor in self._format.convert(tensors).items()}
+        except ValueError as error:
+            file = self._source.tensors[f"{part}.{names[0]}"].file
+            raise CheckpointError(f"{file}: {shown(part)}: {error}") from None
+
+
+def quantize(
+    model: nn.Module, checkpoint: Checkpoint, quantization: Quantization, device: torch.device
+) -> QuantizedCheckpoint:
+    """Swap the model's linear layers for quantized ones, and get the checkpoint that fills the model then.
+
+    Args:
+        model: built on the meta device, of `Linear` layers.
+        checkpoint: what config.json, or the operator, says is quantized, or is to be.
+        device: where the model will run.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold what its quantization needs, or the model has experts.
+    """
+    parts: list[_Part] = []
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, MoE):
+            raise CheckpointError(
+                f"{path} is a mixture of experts, which cannot be quantized ({quantization.label}); "
+                "expected a dense model, or an unquantized checkpoint and quantization: none"
+            )
+        if not isinstance(layer, Linear) or path == OUTPUT_PROJECTION:
+            continue
+        found = _parts(model, path, layer, checkpoint.tensors)
+        covered = {quantization.covers(part.name) for part in found}
+        if len(covered) == 2:
+            raise CheckpointError(
+                f"config.json: quantization_config leaves some of {', '.join(part.name for part in found)} "
+                "unquantized, expected all of them or none: they are computed at once"
+            )
+        if covered == {False}:
+            continue
+        parts += found
+        try:
+            with torch.device("meta"):
+                quantized = quantization.format.layer(layer.weight.shape[1], layer.output_sizes, layer.bias is not None)
+        except ValueError as error:
+            raise CheckpointError(f"{path} cannot be quantized ({quantization.label}): {error}") from None
+        model.set_submodule(path, quantized)
+    return QuantizedCheckpoint(checkpoint, parts, quantization, device)
+
+
+def _parts(model: nn.Module, path: str, layer: Linear, tensors: Mapping[str, TensorInfo]) -> list[_Part]:
+    """The checkpoint's weights that fill a layer."""
+    in_features = layer.weight.shape[1]
+    prefix = "" if any(name.startswith("model.") for name in tensors) else "model."
+    path = path.removeprefix(prefix)
+    parent, _, leaf = path.rpartition(".")
+    leaves = getattr(model, "packed_parameters", {}).get(leaf, ())
+    if not leaves or any(name.startswith(f"{path}.") for name in tensors):
+        return [_Part(path, sum(layer.output_sizes), in_features)]
+    return [_Part(f"{parent}.{leaf}", size, in_features) for leaf, size in zip(leaves, layer.output_sizes, strict=True)]
+
+
+def _problems(
+    tensors: Mapping[str, TensorInfo], part: _Part, expected: Mapping[str, Expected], label: str
+) -> Iterator[str]:
+    """What is wrong with the tensors of one quantized weight."""
+    for leaf, (shapes, dtypes, is_optional) in expected.items():
+        name = f"{part.name}.{leaf}"
+        info = tensors.get(name)
+        if info is None:
+            if not is_optional:
+                yield f"tensor {shown(name)} is missing, expected shape {shape_text(shapes[0])} ({label})"
+        elif info.dtype not in dtypes:
+            wanted = ", ".join(map(dtype_text, dtypes))
+            yield (
+                f"{info.file}: tensor {shown(name)} has dtype {dtype_text(info.dtype)}, expected {wanted} ({label}): "
+                "does config.json belong to these weights?"
+            )
+        elif info.shape not in shapes:
+            wanted = " or ".join(map(shape_text, shapes))
+            yield (
+                f"{info.file}: tensor {shown(name)} has shape {shape_text(info.shape)}, expected {wanted} ({label}): "
+                "does config.json belong to these weights?"
+            )

@@ -1,0 +1,206 @@
+"""Cases of `kernels_part` beside attention: norms, positions, sampling, quantized products, experts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.fused_moe import fused_moe, fused_moe_reference
+from kernels.qk_norm_rope_store import qk_norm_rope_store, qk_norm_rope_store_reference
+from kernels.quantize_weights import (
+    dequantize_fp8_block,
+    dequantize_int4_group,
+    dequantize_per_channel,
+    quantize_fp8_block,
+    quantize_fp8_per_channel,
+    quantize_int4_group,
+    quantize_int8_per_channel,
+)
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.sample import sample_tokens, sample_tokens_reference
+from kernels.scaled_mm_fp8 import scaled_mm_fp8
+from kernels.silu_and_mul import silu_and_mul
+from kernels.weight_only_mm import weight_only_mm
+from loadtest.gpu.cases import Case, randn
+
+FLOAT8 = torch.float8_e4m3fn
+FP8_TOLERANCE = 7e-2
+"""Of what is rounded to FP8, which may be off by 1/16: one rounding the other way is twice that of a small number."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Qwen3-8B's layers, Qwen3-30B-A3B's experts."""
+
+    tokens: tuple[int, ...] = (128, 8192)
+    hidden: int = 4096
+    inner: int = 12_288
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    vocab: int = 151_936
+    few_rows: int = 16
+    experts: tuple[int, int, int] = (2048, 768, 128)
+    """hidden_size, intermediate_size, number of experts."""
+
+
+def layer_cases(sizes: Sizes, device: str) -> list[Case]:
+    """All of this file; those in FP8 only where the device has it."""
+    has_fp8 = device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
+    cases = [*norm_cases(sizes, device), *sample_cases(sizes, device), *moe_cases(sizes, device)]
+    cases += store_cases(sizes, device, has_fp8)
+    cases += product_cases(sizes, device, has_fp8)
+    return cases
+
+
+def norm_cases(sizes: Sizes, device: str) -> list[Case]:
+    """rms_norm, add_rms_norm and silu_and_mul."""
+    cases, hidden = [], sizes.hidden
+    for num_tokens in sizes.tokens:
+        x, residual = (randn(num_tokens, hidden, device=device) for _ in range(2))
+        weight, gate_up = randn(hidden, device=device), randn(num_tokens, 2 * sizes.inner, device=device)
+        gate, up = gate_up.chunk(2, dim=1)
+        size = x.numel() * 2
+        cases += [
+            Case(
+                f"rms_norm {num_tokens} x {hidden}",
+                lambda x=x, w=weight: rms_norm(x, w, 1e-6),
+                lambda x=x, w=weight: F.rms_norm(x.float(), w.shape, w.float(), 1e-6),
+                2 * size,
+                peer=lambda x=x, w=weight: F.rms_norm(x, w.shape, w, 1e-6),
+            ),
+            Case(
+                f"add_rms_norm {num_tokens} x {hidden}",
+                lambda x=x, r=residual, w=weight: add_rms_norm(x.clone(), r, w, 1e-6)[0],
+                lambda x=x, r=residual, w=weight: F.rms_norm((x + r).float(), w.shape, w.float(), 1e-6),
+                6 * size,  # with the copy of x made here
+            ),
+            Case(
+                f"silu_and_mul {num_tokens} x {2 * sizes.inner}",
+                lambda g=gate_up: silu_and_mul(g),
+                lambda g=gate, u=up: F.silu(g.float()) * u.float(),
+                1.5 * gate_up.numel() * 2,
+            ),
+        ]
+    return cases
+
+
+def store_cases(sizes: Sizes, device: str, has_fp8: bool) -> list[Case]:
+    """qk_norm_rope_store, with both kinds of caches."""
+    dtypes = (torch.bfloat16, FLOAT8)[: 1 + has_fp8]
+    return [_store_case(sizes, num_tokens, dtype, device) for num_tokens in sizes.tokens for dtype in dtypes]
+
+
+def _store_case(sizes: Sizes, num_tokens: int, dtype: torch.dtype, device: str) -> Case:
+    """Compared are q and what the caches hold afterwards."""
+    heads, kv_heads, head_dim = sizes.heads, sizes.kv_heads, sizes.head_dim
+    qkv = randn(num_tokens, (heads + 2 * kv_heads) * head_dim, device=device)
+    weight = randn(head_dim, device=device)
+    angles = torch.rand(num_tokens, head_dim // 2, device=device) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    num_blocks = -(-num_tokens // 16)
+    slots = torch.randperm(num_blocks * 16, device=device)[:num_tokens]
+    caches = torch.zeros(2, num_blocks, 16, kv_heads, head_dim, device=device).to(dtype)
+
+    def store(operation: Callable[..., Tensor]) -> Tensor:
+        return operation(qkv, weight, weight, 1e-6, cos_sin, *caches.unbind(0), slots, 1.0, 1.0)
+
+    def everything(operation: Callable[..., Tensor]) -> Tensor:
+        caches.view(torch.uint8).zero_()
+        return torch.cat([store(operation).flatten().float(), caches.flatten().float()])
+
+    return Case(
+        f"qk_norm_rope_store {num_tokens} tokens, {heads}/{kv_heads} heads, {str(dtype)[6:]}",
+        lambda: store(qk_norm_rope_store),
+        lambda: everything(qk_norm_rope_store_reference),
+        qkv.numel() * 2 + (heads * 2 + 2 * kv_heads * dtype.itemsize) * head_dim * num_tokens,
+        checked=lambda: everything(qk_norm_rope_store),
+        tolerance=FP8_TOLERANCE if dtype == FLOAT8 else None,
+    )
+
+
+def sample_cases(sizes: Sizes, device: str) -> list[Case]:
+    """sample_tokens: ids must be the very same."""
+    rows = {
+        "greedy": (0.0, 0.0, 1.0, -torch.inf),
+        "from all": (0.6, 0.0, 1.0, -torch.inf),
+        "top_k 20, top_p 0.95": (0.6, 20.0, 0.95, -torch.inf),
+        "top_p 0.95": (0.6, 0.0, 0.95, -torch.inf),
+    }
+    cases = []
+    logits = randn(sizes.tokens[0], sizes.vocab, device=device) * 3
+    for name, row in rows.items():
+        settings = torch.tensor(row, dtype=torch.float64, device=device).repeat(len(logits), 1)
+        uniforms = torch.rand(len(logits), 1, dtype=torch.float64, device=device)
+        settings = torch.cat((settings, uniforms), dim=1)
+        cases.append(
+            Case(
+                f"sample_tokens {len(logits)} x {sizes.vocab}, {name}",
+                lambda s=settings: sample_tokens(logits, s, sizes.vocab)[0],
+                lambda s=settings: sample_tokens_reference(logits, s, sizes.vocab)[0],
+                logits.numel() * 2,
+                tolerance=0.0,
+            )
+        )
+    return cases
+
+
+def product_cases(sizes: Sizes, device: str, has_fp8: bool) -> list[Case]:
+    """Quantized linear layers at few rows and, in FP8, at many."""
+    weight = randn(2 * sizes.inner, sizes.hidden, device=device) / sizes.hidden**0.5
+    few, many = (randn(count, sizes.hidden, device=device) for count in (sizes.few_rows, sizes.tokens[-1]))
+    int8, int4 = quantize_int8_per_channel(weight), quantize_int4_group(weight, symmetric=False)
+    cases = [
+        _product_case("weight_only_mm int8", weight_only_mm, few, int8, dequantize_per_channel(*int8, few.dtype)),
+        _product_case(
+            "weight_only_mm int4", weight_only_mm, few, int4, dequantize_int4_group(*int4, sizes.hidden, few.dtype)
+        ),
+    ]
+    if has_fp8:
+        by_channel, by_block = quantize_fp8_per_channel(weight), quantize_fp8_block(weight)
+        full = dequantize_per_channel(*by_channel, few.dtype)
+        cases.append(_product_case("weight_only_mm fp8", weight_only_mm, few, by_channel, full))
+        for x in (few, many):
+            cases.append(_product_case("scaled_mm_fp8 by channel", scaled_mm_fp8, x, by_channel, full))
+            full_blocks = dequantize_fp8_block(*by_block, x.dtype)
+            cases.append(_product_case("scaled_mm_fp8 by block", scaled_mm_fp8, x, by_block, full_blocks))
+    return cases
+
+
+def _product_case(
+    name: str, operation: Callable[..., Tensor], x: Tensor, quantized: tuple[Tensor, Tensor], full: Tensor
+) -> Case:
+    """Against the product with the weights that the quantized ones stand for. Products count at bfloat16's rate."""
+    return Case(
+        f"{name}, {len(x)} rows of {full.shape[0]} x {full.shape[1]}",
+        lambda: operation(x, *quantized),
+        lambda: x.float() @ full.float().T,
+        sum(tensor.numel() * tensor.itemsize for tensor in (*quantized, x)) + 2 * len(x) * len(full),
+        2 * len(x) * full.numel(),
+        peer=lambda: F.linear(x, full),
+        tolerance=FP8_TOLERANCE if operation is scaled_mm_fp8 else None,
+    )
+
+
+def moe_cases(sizes: Sizes, device: str) -> list[Case]:
+    """fused_moe with 8 experts a token; the floor counts the experts' weights once."""
+    hidden_size, inner, num_experts = sizes.experts
+    gate_up = randn(num_experts, 2 * inner, hidden_size, device=device) / hidden_size**0.5
+    down = randn(num_experts, hidden_size, inner, device=device) / inner**0.5
+    cases = []
+    for num_tokens in (sizes.few_rows, sizes.tokens[-1]):
+        hidden = randn(num_tokens, hidden_size, device=device)
+        logits = torch.randn(num_tokens, num_experts, device=device)  # in float32: no ties between experts
+        num_used = min(num_experts, num_tokens * 8)
+        cases.append(
+            Case(
+                f"fused_moe {num_tokens} tokens, {num_experts} experts of {hidden_size} x {inner}",
+                lambda h=hidden, r=logits: fused_moe(h, r, gate_up, down, 8, True),
+                lambda h=hidden, r=logits: fused_moe_reference(h.float(), r, gate_up.float(), down.float(), 8, True),
+                num_used / num_experts * (gate_up.numel() + down.numel()) * 2,
+                2 * num_tokens * 8 * 3 * inner * hidden_size,
+            )
+        )
+    return cases

@@ -1,0 +1,168 @@
+"""Other engines on the same card, weights' shape and workload, as far as they can be imported."""
+
+import random
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from loadtest.gpu.engine_part import Workload
+from loadtest.gpu.models import QWEN3_0_6B, Shape, free_memory, write_folder
+
+Row = dict[str, Any]
+Generate = Callable[[list[list[int]], list[int]], object]
+"""Completes prompts with so many tokens each, and returns when all are done."""
+TEMPERATURE = 0.6
+
+
+def run(surroundings: dict[str, Any]) -> dict[str, Any]:
+    """One row for each peer and workload. A peer that is not there or fails says so: that is no error of ours."""
+    del surroundings
+    with tempfile.TemporaryDirectory() as name:
+        return {"rows": measure(QWEN3_0_6B, Path(name), "cuda", (1, 32, 128), Workload())}
+
+
+def measure(shape: Shape, folder: Path, device: str, streams: tuple[int, ...], workload: Workload) -> list[Row]:
+    """Rows of all peers."""
+    path = write_folder(shape, folder)
+    rows: list[Row] = []
+    for name, open_peer in PEERS.items():
+        package = name.split()[0]
+        if find_spec(package) is None:
+            rows.append({"peer": name, "skipped": f"{package} is not installed"})
+            continue
+        try:
+            with open_peer(path, device) as generate:
+                rows += _rows(name, generate, shape, streams, workload)
+        except Exception:
+            traceback.print_exc()
+            rows.append({"peer": name, "failed": traceback.format_exc()})
+        free_memory()
+    return rows
+
+
+def _rows(name: str, generate: Generate, shape: Shape, streams: tuple[int, ...], workload: Workload) -> list[Row]:
+    """Streams of equal length, prompts included, and nano-vllm's workload."""
+    generate([[1, 2, 3]], [4])
+    rows = []
+    for count in streams:
+        generator = random.Random(count)
+        prompts = [[generator.randrange(shape.vocab) for _ in range(workload.context)] for _ in range(count)]
+        end = workload.context + workload.num_decoded
+        what = f"decode, {count} streams, context {workload.context}-{end}, prefill included"
+        rows.append(_timed(name, what, generate, prompts, [workload.num_decoded] * count))
+    rows.append(_timed(name, "nano-vllm's workload", generate, *workload.nano(shape.vocab)))
+    return rows
+
+
+def _timed(name: str, what: str, generate: Generate, prompts: list[list[int]], counts: list[int]) -> Row:
+    start = time.perf_counter()
+    generate(prompts, counts)
+    seconds = time.perf_counter() - start
+    print(f"{name:32} {what:64} {sum(counts) / seconds:12,.0f} tok/s", flush=True)
+    return {"peer": name, "what": what, "tokens_per_s": sum(counts) / seconds, "seconds": seconds}
+
+
+def _random_model(path: Path, device: str) -> PreTrainedModel:
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.bfloat16).eval()
+
+
+@contextmanager
+def _transformers(path: Path, device: str) -> Iterator[Generate]:
+    """`generate` on prompts of one length: a batch runs until its longest output is done, what is too much is waste."""
+    model = _random_model(path, device)
+
+    @torch.inference_mode()
+    def generate(prompts: list[list[int]], counts: list[int]) -> None:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        model.generate(ids, attention_mask=mask, generation_config=_generation_config(max(counts)))
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    yield generate
+
+
+@contextmanager
+def _transformers_continuous(path: Path, device: str) -> Iterator[Generate]:
+    """transformers' continuous batching, what `generate_batch` runs on, with a length for each request."""
+    model = _random_model(path, device)
+    with model.continuous_batching_context_manager(generation_config=_generation_config(1024)) as manager:
+
+        def generate(prompts: list[list[int]], counts: list[int]) -> None:
+            for prompt, count in zip(prompts, counts, strict=True):
+                manager.add_request(prompt, max_new_tokens=count)
+            num_finished = 0
+            while num_finished < len(prompts):
+                result = manager.get_result(timeout=1)
+                if result is None and not manager.is_running():
+                    raise RuntimeError("transformers' generation thread ended")
+                if result is not None and result.error is not None:
+                    raise RuntimeError(result.error)
+                num_finished += result is not None and result.is_finished()
+
+        yield generate
+
+
+def _generation_config(num_tokens: int) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=num_tokens,
+        do_sample=True,
+        temperature=TEMPERATURE,
+        top_k=0,
+        eos_token_id=-1,
+        pad_token_id=0,
+    )
+
+
+@contextmanager
+def _vllm(path: Path, device: str) -> Iterator[Generate]:
+    del device
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(str(path), load_format="dummy", max_model_len=4096, skip_tokenizer_init=True)
+
+    def generate(prompts: list[list[int]], counts: list[int]) -> None:
+        params = [
+            SamplingParams(temperature=TEMPERATURE, max_tokens=count, ignore_eos=True, detokenize=False)
+            for count in counts
+        ]
+        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+
+    yield generate
+
+
+@contextmanager
+def _sglang(path: Path, device: str) -> Iterator[Generate]:
+    del device
+    import sglang
+
+    engine = sglang.Engine(
+        model_path=str(path), load_format="dummy", context_length=4096, skip_tokenizer_init=True, log_level="error"
+    )
+
+    def generate(prompts: list[list[int]], counts: list[int]) -> None:
+        params = [{"temperature": TEMPERATURE, "max_new_tokens": count, "ignore_eos": True} for count in counts]
+        engine.generate(input_ids=prompts, sampling_params=params)
+
+    try:
+        yield generate
+    finally:
+        engine.shutdown()
+
+
+PEERS: dict[str, Callable[[Path, str], AbstractContextManager[Generate]]] = {
+    "transformers generate": _transformers,
+    "transformers continuous batching": _transformers_continuous,
+    "vllm": _vllm,
+    "sglang": _sglang,
+}

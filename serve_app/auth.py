@@ -1,0 +1,121 @@
+"""Who sends a request: API keys, and what each may do."""
+
+import hashlib
+import hmac
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from serve_app.config import ApiKey
+from serve_app.openai.errors import ApiError, overloaded
+
+
+class Caller:
+    """Whoever has a key, or everybody where there are no keys.
+
+    Args:
+        key: its configuration; None for everybody.
+    """
+
+    def __init__(self, key: ApiKey | None = None) -> None:
+        self.name = key.name if key is not None else ""
+        self._cache = "" if key is None or key.shares_prefix_cache else key.name
+        self._most_requests = key.max_concurrent_requests if key is not None else None
+        self._rate = RateLimit(key.requests_per_minute) if key is not None and key.requests_per_minute else None
+        self._num_requests = 0
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Around a request, from its headers to the end of its response.
+
+        Raises:
+            ApiError: 429, the key's limits do not allow another one now.
+        """
+        if self._most_requests is not None and self._num_requests >= self._most_requests:
+            raise overloaded(f"the API key {self.name!r} has {self._num_requests} requests open, the most it may have")
+        if self._rate is not None and (wait_s := self._rate.take()) > 0:
+            message = f"the API key {self.name!r} may send {self._rate.per_minute} requests a minute"
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=math.ceil(wait_s))
+        self._num_requests += 1
+        try:
+            yield
+        finally:
+            self._num_requests -= 1
+
+    def cache_salt(self, wanted: str) -> str:
+        """The salt of this caller's prefix cache, inside of which a request may want a part of its own.
+
+        No two callers with caches of their own can get the same salt: names of keys hold no slash.
+        """
+        return f"{self._cache}/{wanted}" if self._cache or wanted else ""
+
+
+class RateLimit:
+    """A token bucket: `per_minute` at once, and again as many within each minute."""
+
+    def __init__(self, per_minute: int) -> None:
+        self.per_minute = per_minute
+        self._available = float(per_minute)
+        self._updated = time.monotonic()
+
+    def take(self) -> float:
+        """Take one. Returns 0, or the seconds until there is one again."""
+        now = time.monotonic()
+        per_s = self.per_minute / 60
+        self._available = min(float(self.per_minute), self._available + (now - self._updated) * per_s)
+        self._updated = now
+        if self._available < 1:
+            return (1 - self._available) / per_s
+        self._available -= 1
+        return 0.0
+
+
+class ApiKeys:
+    """The keys that may come in. Without any, everybody may.
+
+    Args:
+        keys: their configuration.
+    """
+
+    def __init__(self, keys: Iterable[ApiKey]) -> None:
+        self._callers = [(bytes.fromhex(key.sha256), Caller(key)) for key in keys]
+        self._everybody = Caller()
+
+    def caller(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
+        """The owner of the key in a request's headers: `Authorization: Bearer KEY`, or `X-Api-Key: KEY`.
+
+        Takes equally long for whatever is presented: digests are compared, each with all.
+
+        Raises:
+            ApiError: 401, there is no key, or it is none of these.
+        """
+        if not self._callers:
+            return self._everybody
+        presented = _presented_key(headers)
+        if presented is None:
+            raise _unauthorized("there is no API key, expected `Authorization: Bearer KEY` or `X-Api-Key: KEY`")
+        digest = hashlib.sha256(presented).digest()
+        found = [caller for expected, caller in self._callers if hmac.compare_digest(expected, digest)]
+        if not found:
+            raise _unauthorized("the API key is not valid here")
+        return found[0]
+
+
+def _presented_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """The key in the headers; None if there is none, or more than one in the same header."""
+    found: dict[bytes, list[bytes]] = {b"authorization": [], b"x-api-key": []}
+    for name, value in headers:
+        if name.lower() in found:
+            found[name.lower()].append(value)
+    if any(len(values) > 1 for values in found.values()):
+        return None
+    for value in found[b"authorization"]:
+        scheme, _, key = value.partition(b" ")
+        if scheme.lower() == b"bearer" and key.strip():
+            return key.strip()
+    return next(iter(found[b"x-api-key"]), None)
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key")

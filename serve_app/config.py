@@ -1,0 +1,88 @@
+"""ServiceConfig: the `args` of cluster/config.yaml. Frozen; an unknown key is an error that names it."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from engine.config import EngineConfig
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Limits(_Settings):
+    """What one HTTP request may ask for. Beyond it is a 400 (413 for the body, 431 for headers) that says so."""
+
+    body_bytes: int = Field(8 * 2**20, ge=1024, description="most bytes of a request's body")
+    header_bytes: int = Field(16 * 2**10, ge=1024, description="most bytes of a request's headers, names included")
+    messages: int = Field(1024, ge=1, description="most messages in a chat")
+    prompts: int = Field(128, ge=1, description="most prompts in one completion request")
+    prompt_tokens: int | None = Field(
+        None, ge=1, description="most tokens of a prompt; None: as many as the model's context holds"
+    )
+    choices: int = Field(16, ge=1, description="most choices (n) for a prompt")
+    grammar_chars: int = Field(2**17, ge=1, description="most characters of a JSON schema, regex, list or grammar")
+    schema_depth: int = Field(32, ge=1, le=64, description="how deep schemas may be in one another")
+    grammar_compile_s: float = Field(2.0, gt=0, le=60, description="most CPU seconds that a grammar takes to compile")
+
+
+class ApiKey(_Settings):
+    """A key that requests may carry. Its limits hold in each ingress process."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="whose it is; its prefix cache goes by this name")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the key: `printf %s KEY | sha256sum`")
+    max_concurrent_requests: int | None = Field(None, ge=1, description="most requests at a time; None: no limit")
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="requests that a minute allows, as many at once; None: no limit"
+    )
+    shares_prefix_cache: bool = Field(
+        False, description="use the prefix cache together with all keys that say so, instead of one of its own"
+    )
+
+
+class DefaultSamplingParams(_Settings):
+    """Sampling where a request does not say. None leaves it to the model's generation_config.json, then OpenAI's."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+
+
+class ServiceConfig(_Settings):
+    """One model behind one API."""
+
+    engine: EngineConfig = EngineConfig()
+    served_model_name: str | None = Field(
+        None, description="what clients call the model; None: `demo`, the hub id, or the folder's name"
+    )
+    default_sampling_params: DefaultSamplingParams = DefaultSamplingParams()
+    limits: Limits = Limits()
+    api_keys: tuple[ApiKey, ...] = Field((), description="keys that may come in; without any, everybody may")
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/*\s]+)$")], ...] = Field(
+        (), description="web pages whose scripts may call this, as in `https://example.com`; `*` is all of them"
+    )
+
+    @field_validator("api_keys")
+    @classmethod
+    def _distinct(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+        for field in ("name", "sha256"):
+            found = [getattr(key, field) for key in keys]
+            if len(set(found)) < len(found):
+                repeated = next(value for value in found if found.count(value) > 1)
+                raise ValueError(f"{field} {repeated!r} is there twice, expected it once")
+        return keys
+
+    @property
+    def model_name(self) -> str:
+        """The name in the API."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        model = self.engine.model
+        return Path(model).resolve().name if Path(model).is_dir() or model.startswith((".", "/", "~")) else model

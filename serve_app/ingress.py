@@ -1,0 +1,167 @@
+"""Ingress: the HTTP side of the service. It owns text; the engine replicas see token ids only."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.config import ServiceConfig
+from serve_app.engine_client import EngineClient
+from serve_app.gate import caller_of
+from serve_app.grammar_checker import GrammarChecker
+from serve_app.http import EventStream, parse_body, read_body, unless_disconnected
+from serve_app.openai.endpoint import Endpoint, ServedModel, check_model
+from serve_app.openai.errors import ApiError, internal_error, unavailable
+from serve_app.openai.generation import Delta, Generation
+from serve_app.routes import Conversion, EndpointClass, build_http_app
+from serve_app.terminal import announce
+
+T = TypeVar("T")
+
+logger = logging.getLogger("ray.serve")
+
+LONG_BODY_BYTES = 16 * 1024
+"""Longer bodies are tokenized on a thread, so that they delay no other request."""
+LOADING_RETRY_S = 1.0
+
+
+@serve.deployment
+@serve.ingress()
+class Ingress:
+    """Parses, renders, tokenizes, and turns outputs into responses. Needs no GPU, and no files of the model.
+
+    Until a replica of the engine is ready, and has told about the model, every answer is a 503.
+
+    Args:
+        config: the service's configuration.
+        engine: handle of the EngineReplica deployment.
+    """
+
+    async def __init__(self, config: ServiceConfig, engine: DeploymentHandle) -> None:  # type: ignore[misc]  # awaited
+        self._config = config
+        self._client = EngineClient(engine)
+        self._grammars = GrammarChecker(config.limits)
+        self._encoder = msgspec.json.Encoder()
+        self._served: ServedModel | None = None
+        self._loading = asyncio.create_task(self._load())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """For Ray, which serves it."""
+        return build_http_app(self, self._config)
+
+    async def health(self) -> Response:
+        """200 when the model can be used."""
+        self._model()
+        await self._client.check_health()
+        return self._json({"status": "ok"})
+
+    async def version(self) -> Response:
+        return self._json({"version": version("qwen3-serve")})
+
+    async def models(self) -> Response:
+        return self._json({"object": "list", "data": [self._model_card(self._model())]})
+
+    async def model(self, name: str) -> Response:
+        served = self._model()
+        check_model(name, served)
+        return self._json(self._model_card(served))
+
+    async def convert(self, request: Request, body: type[BaseModel], conversion: Conversion) -> Response:
+        """Answer a request that the engine is not needed for."""
+        return self._json(await self._read(request, body, conversion))
+
+    async def generate(self, request: Request, body: type[BaseModel], endpoint_class: EndpointClass) -> Response:
+        """Answer a request that runs the model."""
+        served = self._model()
+        endpoint = await self._read(request, body, endpoint_class)
+        if endpoint.constraint is not None:
+            await self._grammars.check(endpoint.constraint, served)
+        caller = caller_of(request)
+        requests = [
+            msgspec.structs.replace(each, cache_salt=caller.cache_salt(each.cache_salt)) for each in endpoint.requests
+        ]
+        generation = Generation(self._client, served.tokenizer, requests, endpoint.text_options, endpoint.prompt_tokens)
+        if not endpoint.stream:
+            return await unless_disconnected(request, self._whole(endpoint, generation))
+        deltas = generation.deltas()
+        try:
+            # Errors up to the first output still have a status of their own.
+            first = await unless_disconnected(request, anext(deltas))
+        except BaseException:
+            await deltas.aclose()
+            raise
+        return EventStream(self._events(endpoint, generation, first, deltas))
+
+    async def check_health(self) -> None:
+        """For Ray. Raises what kept the model from being read: this replica then never works."""
+        if self._loading.done():
+            self._loading.result()
+
+    async def _read(self, request: Request, body: type[BaseModel], make: Callable[[Any, ServedModel], T]) -> T:
+        """What `make` makes of the request's body."""
+        served = self._model()
+        raw = await read_body(request, self._config.limits.body_bytes)
+        if len(raw) > LONG_BODY_BYTES:
+            return await asyncio.to_thread(lambda: make(parse_body(raw, body), served))
+        return make(parse_body(raw, body), served)
+
+    async def _whole(self, endpoint: Endpoint, generation: Generation) -> Response:
+        async with aclosing(generation.deltas()) as deltas:
+            found = [delta async for delta in deltas]
+        return self._json(endpoint.whole(found, generation.usage))
+
+    async def _events(
+        self, endpoint: Endpoint, generation: Generation, first: Delta, deltas: AsyncGenerator[Delta, None]
+    ) -> AsyncGenerator[bytes, None]:
+        """The stream's events. A fault on the way is an event too, and then the stream has no proper end."""
+        try:
+            async with aclosing(deltas):
+                if found := endpoint.events(first):
+                    yield found
+                async for delta in deltas:
+                    if found := endpoint.events(delta):
+                        yield found
+            yield endpoint.last_events(generation.usage)
+        except ApiError as error:
+            yield endpoint.error_event(error)
+        except Exception:
+            logger.exception("a stream ends on a fault")
+            yield endpoint.error_event(internal_error())
+
+    async def _load(self) -> None:
+        """Wait for a replica and take over what it tells about the model."""
+        while self._served is None:
+            try:
+                info = await self._client.info()
+            except ApiError:
+                await asyncio.sleep(LOADING_RETRY_S)
+                continue
+            self._served = await asyncio.to_thread(ServedModel.from_info, self._config, info)
+        await announce(self._config.model_name)
+
+    def _model(self) -> ServedModel:
+        """The model. Raises ApiError 503 until a replica has told about it."""
+        if self._served is None:
+            raise unavailable("the model is being loaded; try again later")
+        return self._served
+
+    def _model_card(self, served: ServedModel) -> dict[str, object]:
+        return {
+            "id": served.name,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "qwen3-serve",
+            "max_model_len": served.info.max_model_len,
+            "default_sampling_params": served.defaults.model_dump(),
+        }
+
+    def _json(self, body: object) -> Response:
+        return Response(self._encoder.encode(body), media_type="application/json")

@@ -1,0 +1,97 @@
+"""One service for all tests, started as a user starts it. They see HTTP, and the engine's counters."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from tests.integration.server import MAKE_SERVE, ROOT, Server, wait_for_agent_port
+
+ENGINE: dict[str, Any] = {"kv_cache_memory": "128MiB", "max_num_seqs": 8, "max_num_waiting": 48, "num_threads": 1}
+"""Few requests run at once, so that queues and refusals are within a test's reach."""
+LIMITS = {"body_bytes": 300_000, "grammar_compile_s": 0.5}
+PATIENCE_S = 30.0
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    folder = Path(tempfile.mkdtemp(prefix="q3s-"))
+    wait_for_agent_port()
+    with Server(folder, MAKE_SERVE, ENGINE, LIMITS) as running:
+        yield running
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=60) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as made:
+        yield made
+
+
+class Engine:
+    """The engine's own view, through a driver that is connected to the service's cluster."""
+
+    def __init__(self, probe: "subprocess.Popen[str]") -> None:
+        self._probe = probe
+
+    def stats(self) -> dict[str, Any]:
+        """Its EngineStats, now."""
+        if self._probe.stdin is None or self._probe.stdout is None:
+            raise RuntimeError("the probe has no pipes")
+        self._probe.stdin.write("stats\n")
+        self._probe.stdin.flush()
+        return json.loads(self._probe.stdout.readline())
+
+    def wait_for(self, condition: Callable[[dict[str, Any]], bool]) -> float:
+        """Poll until the counters satisfy a condition. Returns the seconds that took."""
+        start = time.monotonic()
+        while not condition(stats := self.stats()):
+            if time.monotonic() - start > PATIENCE_S:
+                raise TimeoutError(f"still {stats}")
+            time.sleep(0.005)
+        return time.monotonic() - start
+
+    def wait_until_free(self) -> float:
+        """Until no request holds blocks or waits."""
+        return self.wait_for(
+            lambda stats: not (stats["num_owned_blocks"] or stats["num_running"] or stats["num_waiting"])
+        )
+
+
+@pytest.fixture(scope="session")
+def engine(server: Server) -> Iterator[Engine]:
+    address, environment = server.driver()
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.integration.probe", address],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as probe:
+        yield Engine(probe)
+        if probe.stdin is not None:
+            probe.stdin.close()
+
+
+@pytest.fixture
+def free_engine(engine: Engine) -> Iterator[Engine]:
+    """The engine, with nothing in it before the test and nothing left in it afterwards."""
+    engine.wait_until_free()
+    yield engine
+    engine.wait_until_free()

@@ -1,0 +1,208 @@
+"""The service as a user starts and stops it, on free ports and with all its traces in one temporary folder."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "cluster" / "config.yaml"
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 60.0
+_MARK = "QWEN3_SERVE_TEST_ID"
+
+MAKE_SERVE = ("make", "--silent", "--assume-old=.venv/ready", "serve", "CONFIG={}")
+"""HAProxy and Ray Serve's fast path; set-up is taken for done."""
+SERVE_RUN = (str(Path(sys.executable).with_name("serve")), "run", "{}")
+"""Ray Serve's own HTTP proxy."""
+
+
+AGENT_PORT = 52365
+"""Where Ray's agent of a node listens unless told otherwise. Of two clusters on a machine, the first has it."""
+
+
+def wait_for_agent_port() -> None:
+    """Wait until a cluster that is about to end has given up the agent's port."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while AGENT_PORT in {port for _, port, _ in _listening_sockets()}:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"another Ray cluster runs on this machine: port {AGENT_PORT} is taken; end it first")
+        time.sleep(0.1)
+
+
+class Server:
+    """A running service; a context manager.
+
+    Args:
+        folder: where its configuration, log and Ray's files go. Short, as paths of sockets are.
+        command: how to start it; `{}` stands for the configuration file.
+        engine: changes to the engine's configuration.
+        limits: changes to the service's limits.
+        service: more of the service's configuration.
+
+    Attributes:
+        url: of the API, without /v1.
+        log: all that it printed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        command: tuple[str, ...],
+        engine: dict[str, Any],
+        limits: dict[str, Any] | None = None,
+        service: dict[str, Any] | None = None,
+    ) -> None:
+        self._command = [part.format(folder / "config.yaml") for part in command]
+        self._id = uuid4().hex
+        self._ports = _free_ports(5)
+        self.url = f"http://127.0.0.1:{self._ports[0]}"
+        self.log = folder / "serve.log"
+        (folder / "config.yaml").write_text(self._configuration(engine, limits or {}, service or {}))
+        self._environment = self._variables(folder)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._cleanup = ExitStack()
+
+    def __enter__(self) -> "Server":
+        with ExitStack() as stack:
+            log = stack.enter_context(self.log.open("wb"))
+            stack.callback(self._stop)
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=ROOT,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._wait_until_ready()
+            self._cleanup = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._cleanup.close()
+
+    def driver(self) -> tuple[str, dict[str, str]]:
+        """The address of its cluster, and the environment that a driver needs to connect there: that of the cluster."""
+        for process in self.processes():
+            path = Path(f"/proc/{process}")
+            arguments = (path / "cmdline").read_text().split("\0")
+            for argument in arguments:
+                if arguments[0].endswith("raylet") and argument.startswith("--gcs-address="):
+                    variables = (path / "environ").read_text().rstrip("\0").split("\0")
+                    return argument.partition("=")[2], dict(line.split("=", 1) for line in variables)
+        raise RuntimeError("no raylet runs")
+
+    def processes(self) -> list[int]:
+        """Ids of all processes that descend from the command and are still there."""
+        mark = f"{_MARK}={self._id}".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if mark in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue  # it ended meanwhile, or is somebody else's
+        return found
+
+    def processes_named(self, name: str) -> list[int]:
+        """Ids of those of its processes whose command line begins with a name, as Ray gives its actors."""
+        return [
+            each for each in self.processes() if Path(f"/proc/{each}/cmdline").read_text().startswith(f"ray::{name}")
+        ]
+
+    def listening(self) -> set[tuple[str, int]]:
+        """Addresses and ports of every TCP socket that these processes listen on."""
+        sockets = set()
+        for process in self.processes():
+            for path in Path(f"/proc/{process}/fd").glob("*"):
+                try:
+                    sockets.add(os.readlink(path))
+                except (FileNotFoundError, ProcessLookupError, PermissionError):
+                    continue
+        return {(host, port) for host, port, inode in _listening_sockets() if f"socket:[{inode}]" in sockets}
+
+    def interrupt(self) -> bool:
+        """Press Ctrl-C. Returns whether the command ended by itself, and with it all it had started."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGINT)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if (self._process is None or self._process.poll() is not None) and not self.processes():
+                return True
+            time.sleep(0.1)
+        return False
+
+    def _stop(self) -> None:
+        self.interrupt()
+        for process in self.processes():
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self._process is None or self._process.poll() is not None:
+                raise RuntimeError(f"it ended early:\n{self.log.read_text()[-4000:]}")
+            try:
+                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass  # nothing listens yet
+            time.sleep(0.1)
+        raise RuntimeError(f"not ready after {START_TIMEOUT_S:.0f} s:\n{self.log.read_text()[-4000:]}")
+
+    def _configuration(self, engine: dict[str, Any], limits: dict[str, Any], service: dict[str, Any]) -> str:
+        values = yaml.safe_load(CONFIG.read_text())
+        values["http_options"]["port"] = self._ports[0]
+        args = values["applications"][0]["args"]
+        args["engine"] |= engine
+        args["limits"] = args.get("limits", {}) | limits
+        args |= service
+        return yaml.safe_dump(values)
+
+    def _variables(self, folder: Path) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        return inherited | {
+            _MARK: self._id,
+            "PYTHONUNBUFFERED": "1",
+            "RAY_TMPDIR": str(folder),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self._id * 2,
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(self._ports[1]),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(self._ports[2]),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        }
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _listening_sockets() -> list[tuple[str, int, str]]:
+    """Address, port and inode of every listening TCP socket of this machine."""
+    found = []
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            address, port = fields[1].split(":")
+            if fields[3] == "0A":
+                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+                found.append((socket.inet_ntop(family, b"".join(words)), int(port, 16), fields[9]))
+    return found

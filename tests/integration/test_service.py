@@ -1,0 +1,151 @@
+"""The service around its main routes: what it tells about itself, where it listens, what it writes down, its end."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import AuthenticationError, OpenAI
+
+from tests.integration.conftest import ENGINE
+from tests.integration.server import SERVE_RUN, START_TIMEOUT_S, Server
+
+SECRET = "xyzzy plugh"
+KEY = "sesame"
+OWNER = {"Authorization": f"Bearer {KEY}"}
+
+
+def test_models(client: OpenAI, http: httpx.Client):
+    [listed] = client.models.list().data
+    assert listed.id == "demo" and listed.object == "model" and listed.owned_by
+    assert client.models.retrieve("demo") == listed
+    assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 4096
+
+
+def test_health_and_version(http: httpx.Client):
+    assert http.get("/health").status_code == 200
+    assert http.get("/version").json()["version"]
+
+
+def test_a_request_id_is_echoed_or_made(http: httpx.Client):
+    assert http.get("/version", headers={"X-Request-Id": "job-17"}).headers.get_list("x-request-id") == ["job-17"]
+    made = [http.get("/version").headers.get_list("x-request-id") for _ in range(2)]
+    assert all(len(found) == 1 and found[0] for found in made) and made[0] != made[1]
+
+
+def test_equal_request_ids_do_not_meet_in_the_engine(http: httpx.Client):
+    body = {"model": "demo", "prompt": ["a", "b"], "max_tokens": 3}
+    for _ in range(2):
+        assert http.post("/v1/completions", json=body, headers={"X-Request-Id": "same"}).status_code == 200
+
+
+def test_http_is_served_on_loopback_only(server: Server):
+    """Of what else Ray opens to the network, nothing speaks HTTP."""
+    for host, port in server.listening():
+        if host.removeprefix("::ffff:") == "127.0.0.1":
+            continue
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://127.0.0.1:{port}/", timeout=2)
+
+
+def test_no_text_of_a_prompt_is_written_down(http: httpx.Client, server: Server):
+    messages = [{"role": "user", "content": SECRET}]
+    for fields in ({}, {"temperature": SECRET}, {SECRET: 1}, {"tools": SECRET}):
+        http.post("/v1/chat/completions", json={"model": "demo", "messages": messages, "max_tokens": 2, **fields})
+    http.post("/tokenize", json={"prompt": SECRET, "model": SECRET})
+    http.post("/v1/responses", json={"model": "demo", "input": SECRET, "max_output_tokens": 2})
+    http.post("/v1/messages", json={"model": "demo", "messages": messages, "max_tokens": 2})
+    logs = [server.log, *(path for path in server.log.parent.glob("ray/session_latest/logs/**/*") if path.is_file())]
+    assert len(logs) > 10
+    assert [path for path in logs if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_it_says_when_it_is_ready_and_where(server: Server):
+    lines = [line for line in server.log.read_text().splitlines() if server.url in line]
+    assert len(lines) == 1 and lines[0].endswith(f" demo is ready at {server.url}/v1")
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Server]:
+    """`serve run` with no variables set: Ray Serve's own HTTP proxy. It wants a key, and has sampling of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="q3p-"))
+    keys = [{"name": "owner", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]
+    service = {"api_keys": keys, "default_sampling_params": {"temperature": 0.25}}
+    with Server(folder, SERVE_RUN, ENGINE, service=service) as running:
+        yield running
+    shutil.rmtree(folder)
+
+
+def test_it_works_the_same_behind_ray_serves_own_proxy(plain: Server):
+    body = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
+    whole = httpx.post(f"{plain.url}/v1/chat/completions", json=body, headers=OWNER, timeout=60)
+    assert len(whole.headers.get_list("x-request-id")) == 1
+    text = ""
+    with httpx.stream(
+        "POST", f"{plain.url}/v1/chat/completions", json=body | {"stream": True}, headers=OWNER, timeout=60
+    ) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: {"):
+                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    text += choice["delta"].get("content", "")
+    assert text == whole.json()["choices"][0]["message"]["content"] != ""
+    wrong = httpx.post(f"{plain.url}/v1/chat/completions", json=body | {"n": "x"}, headers=OWNER)
+    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "n"
+    assert {host.removeprefix("::ffff:") for host, port in plain.listening() if f":{port}" in plain.url} == {
+        "127.0.0.1"
+    }
+
+
+def test_only_the_owner_of_a_key_comes_in(plain: Server):
+    for path in ("/v1/models", "/v1/models/demo", "/version", "/openapi.json", "/nothing"):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Host": "x/health?"}):
+            assert httpx.get(f"{plain.url}{path}", headers=headers).status_code == 401
+    assert httpx.get(f"{plain.url}/health").status_code == 200
+    assert httpx.get(f"{plain.url}/v1/models", headers={"X-Api-Key": KEY}).status_code == 200
+    stranger = OpenAI(base_url=f"{plain.url}/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(AuthenticationError, match="not valid here"):
+        stranger.models.list()
+    with OpenAI(base_url=f"{plain.url}/v1", api_key=KEY, max_retries=0) as owner:
+        assert [model.id for model in owner.models.list()] == ["demo"]
+
+
+def test_sampling_is_the_configurations_where_it_says_and_else_the_models(plain: Server, http: httpx.Client):
+    def defaults(found: httpx.Response) -> dict[str, float]:
+        return found.json()["default_sampling_params"]
+
+    models = defaults(http.get("/v1/models/demo"))
+    assert models["temperature"] != 0.25
+    assert defaults(httpx.get(f"{plain.url}/v1/models/demo", headers=OWNER)) == models | {"temperature": 0.25}
+
+
+def test_a_replica_that_dies_is_replaced_and_nobody_waits_for_it_in_vain(plain: Server):
+    body = {"model": "demo", "prompt": "Hello", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{plain.url}/v1/completions", json=body, headers=OWNER, timeout=60) as stream:
+        lines = stream.iter_lines()
+        assert next(lines).startswith("data: {")
+        [replica] = plain.processes_named("ServeReplica:qwen3:EngineReplica")
+        os.kill(replica, signal.SIGKILL)
+        rest = [line for line in lines if line]
+    assert rest[-2] == "event: error" and "data: [DONE]" not in rest
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "service_unavailable"
+    deadline = time.monotonic() + START_TIMEOUT_S
+    short = body | {"stream": False, "max_tokens": 2}
+    while (
+        again := httpx.post(f"{plain.url}/v1/completions", json=short, headers=OWNER, timeout=60)
+    ).status_code != 200:
+        assert again.status_code == 503 and int(again.headers["retry-after"]) >= 1
+        assert again.json()["error"]["code"] == "service_unavailable"
+        assert httpx.get(f"{plain.url}/health", timeout=60).status_code in (200, 503)
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_ctrl_c_ends_all_of_it(plain: Server):
+    assert plain.interrupt(), f"still there: {plain.processes()}"

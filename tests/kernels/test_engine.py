@@ -1,0 +1,50 @@
+"""The whole engine through the interpreter: every kernel that a decode or prefill step launches, in its place."""
+
+import pytest
+
+import engine.runner
+from engine.attention.triton_backend import TritonAttention
+from engine.llm import LLM
+from engine.request import SamplingParams
+from tests.tiny_models import make_tiny_qwen3, reference_greedy
+
+PROMPTS = [[5, 6, 7], list(range(20, 53)), [9]]
+GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.9, seed=3, max_tokens=3, ignore_eos=True)
+
+FIELDS = {
+    "dtype": "float32", "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 24,
+    "kv_cache_memory": "8MiB", "show_progress": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("interpreted")
+    shape = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    return path, make_tiny_qwen3(path, vocab_size=256, hidden_size=64, **shape)
+
+
+@pytest.fixture
+def make_llm(checkpoint, monkeypatch):
+    def make(**config) -> LLM:
+        monkeypatch.setattr(
+            engine.runner, "create_backend", lambda model, _, staging, *rest: TritonAttention(model, staging)
+        )
+        return LLM(str(checkpoint[0]), **FIELDS, **config)
+
+    return make
+
+
+def test_tokens_equal_those_of_transformers_and_of_the_sampler(checkpoint, make_llm, monkeypatch):
+    """Overlapped steps with sampling inside, bucketed as CUDA graphs are, against eager ones that torch samples for."""
+    llm = make_llm(overlap_steps=True)
+    llm.engine.runner.use_decode_graphs(llm.engine.config, capture=False)
+    params = [GREEDY, GREEDY, SAMPLED]
+    outputs = [completion.token_ids for completion in llm.generate(PROMPTS, params)]
+    assert outputs[:2] == [reference_greedy(checkpoint[1], prompt, 3) for prompt in PROMPTS[:2]]
+
+    monkeypatch.undo()  # attention in torch, which costs the interpreter nothing
+    monkeypatch.setattr(engine.runner, "uses_triton", lambda tensor: False)  # for sampling alone
+    by_torch = LLM(str(checkpoint[0]), **FIELDS).generate(PROMPTS, params)
+    assert outputs == [completion.token_ids for completion in by_torch]

@@ -1,0 +1,189 @@
+"""GGUF files, written with the gguf package from the demo model, and damaged ones."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tokenizers import Tokenizer as Backend
+
+from engine import LLM, CheckpointError, SamplingParams
+from engine.weights.gguf_checkpoint import GgufCheckpoint
+from engine.weights.gguf_file import GgufFile
+from engine.weights.gguf_folder import gguf_folder
+from engine.weights.hub import resolve_model
+from kernels.cpu_build import load_library
+
+DEMO = Path(__file__).parents[2] / "engine" / "weights" / "demo"
+F32, F16, Q8_0, Q4_0 = (gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "Q8_0", "Q4_0"))
+NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 5)
+ASKED = "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+def tokens_and_kinds() -> tuple[list[str], list[int]]:
+    state = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
+    texts = {index: text for text, index in state["model"]["vocab"].items()}
+    kinds = dict.fromkeys(texts, gguf.TokenType.NORMAL)
+    for added in state["added_tokens"]:
+        texts[added["id"]] = added["content"]
+        kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    return [texts[index] for index in sorted(texts)], [int(kinds[index]) for index in sorted(texts)]
+
+
+def write(path: Path, kind: gguf.GGMLQuantizationType, **changes: object) -> Path:
+    """The demo model as a GGUF file, as the usual converters write it."""
+    config = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
+    state = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
+    tokens, kinds = tokens_and_kinds()
+    writer = gguf.GGUFWriter(path, str(changes.get("architecture", "qwen3")))
+    writer.add_context_length(4096)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(str(changes.get("pre", "qwen2")))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(merge) for merge in state["model"]["merges"]])
+    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    writer.add_pad_token_id(tokens.index("<|endoftext|>"))
+    template = json.loads((DEMO / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+    writer.add_chat_template(template)
+    for name, tensor in load_file(DEMO / "model.safetensors").items():
+        values = tensor.float().numpy()
+        used = F32 if values.ndim == 1 else kind
+        gguf_name = NAMES.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(f"{gguf_name}", gguf.quants.quantize(values, used), raw_dtype=used)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("gguf")
+    return {kind.name: write(folder / f"{kind.name}.gguf", kind) for kind in (F32, F16, Q8_0, Q4_0)}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    load_library()  # compiled where it always is
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setattr(Path, "home", lambda: home)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_it_answers_as_the_checkpoint_it_was_made_from(files, kind):
+    fields = {"dtype": "float32", "kv_cache_memory": 2**22, "max_model_len": 256}
+    [expected] = LLM("demo", **fields).generate([ASKED], GREEDY)
+    [answer] = LLM(str(files[kind]), **fields).generate([ASKED], GREEDY)
+    assert "42" in expected.text
+    assert (answer.text, answer.finish_reason) == (expected.text, expected.finish_reason)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0"])
+def test_every_tensor_is_what_the_library_says(files, kind):
+    """Our reader and our names against those of the package."""
+    checkpoint = GgufCheckpoint(files[kind], torch.float32)
+    reader = gguf.GGUFReader(files[kind])
+    expected = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    assert len(checkpoint.tensors) == len(expected) == len(load_file(DEMO / "model.safetensors"))
+    for name, info in checkpoint.tensors.items():
+        values = checkpoint.read(name)
+        wanted = expected[NAMES.get_name(name, try_suffixes=(".weight",))]
+        assert values.shape == info.shape and values.dtype == info.dtype
+        assert np.array_equal(values.float().numpy(), wanted.reshape(values.shape))
+
+
+TEXTS = ["What is 17 + 25?", "  two  spaces\n\nand lines ", "naïve 世界 😀", ASKED, "<think>x</think> <tool_call>"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_its_tokenizer_is_that_of_the_checkpoint(files, text):
+    made = Backend.from_file(str(gguf_folder(files["F32"]) / "tokenizer.json"))
+    original = Backend.from_file(str(DEMO / "tokenizer.json"))
+    ids = original.encode(text).ids
+    assert made.encode(text).ids == ids
+    for skip in (True, False):
+        assert made.decode(ids, skip_special_tokens=skip) == original.decode(ids, skip_special_tokens=skip)
+
+
+def test_the_folder_is_made_once_and_anew_when_the_file_changes(files, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(files["Q8_0"].read_bytes())
+    folder = gguf_folder(path)
+    assert gguf_folder(path) == folder == resolve_model(str(path)) == resolve_model(str(tmp_path))
+    path.write_bytes(files["Q4_0"].read_bytes())
+    assert gguf_folder(path) != folder
+    (tmp_path / "other.gguf").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"has 2 GGUF files.*model\.gguf, other\.gguf"):
+        resolve_model(str(tmp_path))
+
+
+def test_what_is_not_supported_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="architecture 'mamba' is not supported, expected qwen3"):
+        gguf_folder(write(tmp_path / "a.gguf", F16, architecture="mamba"))
+    with pytest.raises(
+        CheckpointError, match="pre-tokenizer 'chameleon' is not supported, expected 'gpt2' with 'qwen2'"
+    ):
+        gguf_folder(write(tmp_path / "b.gguf", F16, pre="chameleon"))
+    with pytest.raises(CheckpointError, match="not an existing directory"):
+        resolve_model(str(tmp_path / "none.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "too few"),
+        (b"GGML" + bytes(40), "begins with b'GGML', expected b'GGUF'"),
+        (b"GGUF" + (9).to_bytes(4, "little") + bytes(40), "version 9"),
+        (b"GGUF" + (3).to_bytes(4, "little") + (2**60).to_bytes(8, "little") + bytes(40), "claims .* tensors"),
+    ],
+)
+def test_what_is_no_gguf_file_is_said_so(tmp_path, content, message):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        GgufFile(path)
+
+
+def test_a_truncated_file_is_found_before_anything_is_loaded(files, tmp_path):
+    whole = files["Q8_0"].read_bytes()
+    path = tmp_path / "short.gguf"
+    path.write_bytes(whole[:-1000])
+    with pytest.raises(CheckpointError, match="truncated"):
+        GgufCheckpoint(path, torch.float32)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_damage_in_the_header_is_an_error_or_harmless(files, tmp_path_factory, data):
+    """No other exception, no hang, no allocation beyond the file's size."""
+    whole = files["Q8_0"].read_bytes()
+    head = min(tensor.offset for tensor in GgufFile(files["Q8_0"]).tensors.values())
+    damaged = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, 2000) | st.integers(0, head - 1) | st.integers(head - 4000, head - 1))
+        damaged[place] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("damaged") / "model.gguf"
+    path.write_bytes(damaged)
+    try:
+        gguf_folder(path)
+        checkpoint = GgufCheckpoint(path, torch.bfloat16)
+        for name in list(checkpoint.tensors)[:3]:
+            checkpoint.read(name)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
