@@ -1,4 +1,4 @@
-"""What a replica tells each of its ingresses, at most once for each engine step: outputs, load, and changes of its cache."""
+"""What a replica tells each of its ingresses, at most once for each engine step: outputs, load, cache changes."""
 
 import msgspec
 
@@ -32,6 +32,6 @@ class StepUpdate(msgspec.Struct, frozen=True, array_like=True):
     stored: list[bytes]
     """Keys of KV blocks that the prefix cache can find since the last item; of all blocks in a snapshot."""
     evicted: list[bytes]
-    """Keys of KV blocks that it cannot find any more. Apply `stored` first, then `evicted`."""
+    """Keys of KV blocks that it cannot find any more; none of them is in `stored` too."""
     is_snapshot: bool = False
     """`stored` is all there is: forget what earlier items said. The first item is one."""
