@@ -14,7 +14,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from tests.integration.server import MAKE_SERVE, ROOT, Server, wait_for_agent_port
+from tests.integration.server import MAKE_SERVE, ROOT, Server
 
 ENGINE: dict[str, Any] = {"kv_cache_memory": "128MiB", "max_num_seqs": 8, "max_num_waiting": 48, "num_threads": 1}
 """Few requests run at once, so that queues and refusals are within a test's reach."""
@@ -25,7 +25,6 @@ PATIENCE_S = 30.0
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     folder = Path(tempfile.mkdtemp(prefix="q3s-"))
-    wait_for_agent_port()
     with Server(folder, MAKE_SERVE, ENGINE, LIMITS) as running:
         yield running
     shutil.rmtree(folder)

@@ -1,6 +1,7 @@
 """The service as a user starts and stops it, on free ports and with all its traces in one temporary folder."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,19 +25,6 @@ MAKE_SERVE = ("make", "--silent", "--assume-old=.venv/ready", "serve", "CONFIG={
 """HAProxy and Ray Serve's fast path; set-up is taken for done."""
 SERVE_RUN = (str(Path(sys.executable).with_name("serve")), "run", "{}")
 """Ray Serve's own HTTP proxy."""
-
-
-AGENT_PORT = 52365
-"""Where Ray's agent of a node listens unless told otherwise. Of two clusters on a machine, the first has it."""
-
-
-def wait_for_agent_port() -> None:
-    """Wait until a cluster that is about to end has given up the agent's port."""
-    deadline = time.monotonic() + STOP_TIMEOUT_S
-    while AGENT_PORT in {port for _, port, _ in _listening_sockets()}:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"another Ray cluster runs on this machine: port {AGENT_PORT} is taken; end it first")
-        time.sleep(0.1)
 
 
 class Server:
@@ -64,7 +52,7 @@ class Server:
     ) -> None:
         self._command = [part.format(folder / "config.yaml") for part in command]
         self._id = uuid4().hex
-        self._ports = _free_ports(5)
+        self._ports = free_ports(5)
         self.url = f"http://127.0.0.1:{self._ports[0]}"
         self.log = folder / "serve.log"
         (folder / "config.yaml").write_text(self._configuration(engine, limits or {}, service or {}))
@@ -187,12 +175,10 @@ class Server:
         }
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, below those that the system gives to outgoing connections and takes back later."""
+    taken = {port for _, port, _ in _listening_sockets()}
+    return random.SystemRandom().sample([port for port in range(20_000, 32_000) if port not in taken], count)
 
 
 def _listening_sockets() -> list[tuple[str, int, str]]:
