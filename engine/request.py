@@ -184,6 +184,15 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
+class RequestTimings(msgspec.Struct, frozen=True, array_like=True):
+    """Where the time to a request's first token went, by the engine's own clock."""
+
+    queue_s: float
+    """From its arrival in the engine to its first step."""
+    prefill_s: float
+    """From its first step to its first token; times of preemption included."""
+
+
 class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
     """What one engine step produced for one request."""
 
@@ -204,6 +213,8 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens whose keys and values came from the prefix cache."""
     error_param: str | None = None
     """The parameter that is to blame for the error, if the request is."""
+    timings: RequestTimings | None = None
+    """Comes once, with the first new token."""
 
 
 class RequestState(msgspec.Struct, frozen=True):
@@ -307,6 +318,15 @@ class Request:
         if not self.running:
             return RequestStatus.WAITING
         return RequestStatus.DECODE if self.num_computed_tokens >= self.num_prompt_tokens else RequestStatus.PREFILL
+
+    def timings(self) -> RequestTimings | None:
+        """None before the first token."""
+        if self.first_scheduled_time is None or self.first_token_time is None:
+            return None
+        return RequestTimings(
+            queue_s=self.first_scheduled_time - self.arrival_time,
+            prefill_s=self.first_token_time - self.first_scheduled_time,
+        )
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """Mark as ended; whoever holds blocks and slot releases them."""
