@@ -19,6 +19,8 @@ class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     """Duration of the last step."""
     prefill_tokens_per_s: float
     """Rate at which prompts are computed, averaged over the last seconds that computed any; 0 until known."""
+    num_prefill_tokens: int = 0
+    """Prompt tokens that running requests have still to compute."""
 
 
 class StepUpdate(msgspec.Struct, frozen=True, array_like=True):
