@@ -14,8 +14,9 @@ from enum import StrEnum
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, RequestError
 from engine.grammar import GrammarState
-from engine.llm_engine import EngineStats, LLMEngine
+from engine.llm_engine import LLMEngine
 from engine.request import EngineRequest, FinishReason, RequestOutput, RequestState
+from engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def merge_outputs(first: RequestOutput, second: RequestOutput) -> RequestOutput:
         error=second.error,
         num_cached_tokens=first.num_cached_tokens,
         error_param=second.error_param,
+        timings=first.timings or second.timings,
     )
 
 

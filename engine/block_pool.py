@@ -33,6 +33,13 @@ def extend_block_keys(keys: list[bytes], token_ids: Sequence[int], block_size: i
         keys.append(parent)
 
 
+def block_keys(token_ids: Sequence[int], block_size: int, salt: str) -> list[bytes]:
+    """The keys of all full blocks of a text, as a pool with this block size makes them. Needs no pool and no torch."""
+    keys: list[bytes] = []
+    extend_block_keys(keys, token_ids, block_size, salt)
+    return keys
+
+
 class BlockPool:
     """Hands out block ids 0 … num_blocks - 1.
 
@@ -49,6 +56,9 @@ class BlockPool:
         self._ref_counts = [0] * num_blocks
         self._key_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
+        self._changes: dict[bytes, bool] | None = None
+        """Keys that became findable (True) or ceased to be (False) since `take_events`; None until its first call.
+        A change and its opposite cancel out, so there are never more than 2 · num_blocks."""
 
     @property
     def num_available(self) -> int:
@@ -66,6 +76,21 @@ class BlockPool:
     @property
     def num_owned(self) -> int:
         return self.num_blocks - self.num_available
+
+    def keys(self) -> list[bytes]:
+        """The keys of all blocks that can be found."""
+        return list(self._block_of)
+
+    def take_events(self) -> tuple[list[bytes], list[bytes]]:
+        """The keys stored and evicted since the last call, net: no key is in both. The first call tells all there are.
+
+        Nothing is recorded before the first call.
+        """
+        changes, self._changes = self._changes, {}
+        if changes is None:
+            return self.keys(), []
+        stored = [key for key, is_stored in changes.items() if is_stored]
+        return stored, [key for key, is_stored in changes.items() if not is_stored]
 
     def find_prefix(self, keys: Sequence[bytes]) -> list[int]:
         """Blocks that hold the longest known prefix of `keys`; until shared, the next `allocate` may take them."""
@@ -130,9 +155,15 @@ class BlockPool:
         if self.enable_prefix_caching and key not in self._block_of:
             self._block_of[key] = block
             self._key_of[block] = key
+            self._note(key, is_stored=True)
 
     def _forget(self, block: int) -> None:
         key = self._key_of[block]
         if key is not None:
             del self._block_of[key]
             self._key_of[block] = None
+            self._note(key, is_stored=False)
+
+    def _note(self, key: bytes, is_stored: bool) -> None:
+        if self._changes is not None and self._changes.pop(key, None) is None:
+            self._changes[key] = is_stored

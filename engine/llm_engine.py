@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
 
-import msgspec
-
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.errors import QueueFullError, RequestError
@@ -26,6 +24,7 @@ from engine.request import (
 )
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, Step
+from engine.stats import EngineStats, PrefillRate, StageSeconds
 from engine.tokenizer import Tokenizer, read_eos_token_ids
 from engine.weights.hub import resolve_model
 
@@ -33,30 +32,6 @@ logger = logging.getLogger(__name__)
 
 NUM_FINISHED_STATES = 1024
 """How many ended requests can still be asked about."""
-
-
-class EngineStats(msgspec.Struct, frozen=True):
-    """Load and running totals of an engine."""
-
-    num_running: int
-    num_waiting: int
-    num_waiting_tokens: int
-    """Tokens of waiting requests still to be computed, prefix cache not considered."""
-    num_blocks: int
-    num_free_blocks: int
-    num_cached_blocks: int
-    num_owned_blocks: int
-    num_steps: int
-    num_preemptions: int
-    num_prompt_tokens: int
-    num_cached_prompt_tokens: int
-    num_generated_tokens: int
-    num_guessed_tokens: int
-    """Tokens that were guessed and verified, see engine.speculation ..."""
-    num_right_guesses: int
-    """... and those of them that were right."""
-    step_s: float
-    """Duration of the last step."""
 
 
 class LLMEngine:
@@ -95,9 +70,12 @@ class LLMEngine:
         self._overlap = self.runner.device.type == "cuda" if config.overlap_steps is None else config.overlap_steps
         if config.num_speculative_tokens:  # guesses are looked up in tokens that the host has
             self._overlap = False
-        self._in_flight: tuple[Step, LaunchedStep] | None = None
+        self._in_flight: tuple[Step, LaunchedStep, float] | None = None
         self._num_steps = 0
         self._step_s = 0.0
+        self._stages = StageSeconds()
+        self._prefill_rate = PrefillRate()
+        self._taken_in_at = 0.0
 
     def validate(self, source: EngineRequest) -> None:
         """Raise RequestError if the request could never run. Safe to call from any thread."""
@@ -177,8 +155,10 @@ class LLMEngine:
         Returns:
             An output for every request that got a token or ended.
         """
-        start = time.monotonic()
+        stages, start = self._stages, time.monotonic()
         step = self._scheduler.schedule()
+        scheduled = time.monotonic()
+        stages.schedule += scheduled - start
         outputs: list[RequestOutput] = []
 
         def finish_in_flight() -> None:
@@ -187,7 +167,9 @@ class LLMEngine:
                 in_flight, self._in_flight = self._in_flight, None
                 outputs.extend(self._take_in(*in_flight))
 
-        launched = (step, self.runner.launch(step, finish_in_flight)) if step.requests else None
+        before = stages.wait + stages.update
+        launched = (step, self.runner.launch(step, finish_in_flight), scheduled) if step.requests else None
+        stages.launch += time.monotonic() - scheduled - (stages.wait + stages.update - before)
         if self._overlap:
             finish_in_flight()
             self._in_flight = launched
@@ -202,24 +184,47 @@ class LLMEngine:
         return self._finished.get(request_id) if request is None else request.state()
 
     def stats(self) -> EngineStats:
-        scheduler, pool, counters = self._scheduler, self._pool, self._scheduler.counters
+        scheduler, pool, stages = self._scheduler, self._pool, self._stages
+        counters = scheduler.counters
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_waiting_tokens=sum(request.num_tokens for request in scheduler.waiting),
+            waiting_for=scheduler.waiting_for if scheduler.waiting else None,
             num_blocks=pool.num_blocks,
             num_free_blocks=pool.num_free,
             num_cached_blocks=pool.num_cached,
             num_owned_blocks=pool.num_owned,
             num_steps=self._num_steps,
             num_preemptions=counters.num_preemptions,
+            num_finished=dict(counters.num_finished),
             num_prompt_tokens=counters.num_prompt_tokens,
             num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
             num_generated_tokens=counters.num_generated_tokens,
             num_guessed_tokens=counters.num_guessed_tokens,
             num_right_guesses=counters.num_right_guesses,
+            prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
             step_s=self._step_s,
+            schedule_s=stages.schedule,
+            launch_s=stages.launch,
+            wait_s=stages.wait,
+            update_s=stages.update,
         )
+
+    def take_block_events(self) -> tuple[list[bytes], list[bytes]]:
+        """Keys of KV blocks that the prefix cache stored and evicted since the last call: net, no key is in both.
+
+        Nothing is recorded before the first call, which tells all keys there are. To be called between steps, by the
+        thread that makes them.
+        """
+        return self._pool.take_events()
+
+    def cached_block_keys(self) -> list[bytes]:
+        """Keys of all KV blocks that the prefix cache can find, see `engine.block_pool.block_keys`.
+
+        Whoever follows the events from here on must take them first, in the same pause between steps.
+        """
+        return self._pool.keys()
 
     def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
@@ -236,10 +241,24 @@ class LLMEngine:
                 "allowed_token_ids",
             )
 
-    def _take_in(self, step: Step, launched: LaunchedStep) -> list[RequestOutput]:
+    def _take_in(self, step: Step, launched: LaunchedStep, launched_at: float) -> list[RequestOutput]:
         """Wait for a launched step, tell the scheduler its outcome and make the outputs."""
+        waiting_since = time.monotonic()
         result = launched.result()
+        now = time.monotonic()
+        self._stages.wait += now - waiting_since
+        # The device began with this step when it was launched, or when it had done the one before.
+        began_at, self._taken_in_at = max(launched_at, self._taken_in_at), now
+        num_prompt_tokens = sum(step.num_new_tokens) - len(step.sampling)  # all but the one that gives the next token
+        if num_prompt_tokens and now > began_at:
+            self._prefill_rate.add(num_prompt_tokens, now - began_at)
+        outputs = self._update(step, result)
         self._num_steps += 1
+        self._stages.update += time.monotonic() - now
+        return outputs
+
+    def _update(self, step: Step, result: StepResult) -> list[RequestOutput]:
+        """Tell the scheduler a step's outcome and make the outputs."""
         for prompt_of, entries in result.prompt_logprobs:
             prompt_of.prompt_logprobs = (prompt_of.prompt_logprobs or []) + entries
         outputs = [] if all(result.is_finite) else self._fail_bad_requests(step, result)
@@ -294,6 +313,7 @@ class LLMEngine:
             finish_reason=request.finish_reason,
             stop_token_id=request.stop_token_id,
             num_cached_tokens=request.num_cached_tokens,
+            timings=request.timings() if request.num_output_tokens == len(token_ids) else None,
         )
 
     def _forget(self, request: Request) -> None:

@@ -14,6 +14,7 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import numpy as np
 
@@ -45,6 +46,17 @@ class Step:
     """Those that were running and got more blocks."""
 
 
+class WaitingFor(StrEnum):
+    """Why the first waiting request was not admitted."""
+
+    TOKENS = "tokens"
+    """The step was full (`max_num_batched_tokens`)."""
+    SEQS = "seqs"
+    """As many requests run as may (`max_num_seqs`)."""
+    BLOCKS = "blocks"
+    """There are too few KV blocks for it, or will be before the running requests end."""
+
+
 @dataclass(slots=True)
 class SchedulerCounters:
     """Running totals since start."""
@@ -55,6 +67,7 @@ class SchedulerCounters:
     num_generated_tokens: int = 0
     num_guessed_tokens: int = 0
     num_right_guesses: int = 0
+    num_finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
 
 
 class Scheduler:
@@ -89,6 +102,8 @@ class Scheduler:
         self.num_speculative_tokens = num_speculative_tokens
         self.running: list[Request] = []
         self.waiting: list[Request] = []
+        self.waiting_for: WaitingFor | None = None
+        """What the first waiting request lacked in the last step, if one waits."""
         self.counters = SchedulerCounters()
         self._block_limit = pool.num_blocks - int(watermark * pool.num_blocks)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
@@ -105,6 +120,7 @@ class Scheduler:
     def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End a request between steps, wherever it is, and give back all it holds."""
         request.finish(reason, error)
+        self.counters.num_finished[reason] += 1
         if request.running:
             self.running.remove(request)
             self._release(request)
@@ -122,8 +138,9 @@ class Scheduler:
         """Choose the next step's work and own the blocks for it. Empty only when there is nothing to do."""
         step = Step()
         budget, num_preempted = self._schedule_running(step)
-        if self.waiting and not num_preempted:
-            self._schedule_waiting(step, budget)
+        self.waiting_for = None
+        if self.waiting:
+            self.waiting_for = WaitingFor.BLOCKS if num_preempted else self._schedule_waiting(step, budget)
         for index, (request, num_new) in enumerate(zip(step.requests, step.num_new_tokens, strict=True)):
             start = request.num_computed_tokens
             step.starts.append(start)
@@ -250,8 +267,8 @@ class Scheduler:
             step.guesses[request] = guesses
         return len(guesses)
 
-    def _schedule_waiting(self, step: Step, budget: int) -> None:
-        """Admit waiting requests while tokens, slots and the expected need for blocks allow."""
+    def _schedule_waiting(self, step: Step, budget: int) -> WaitingFor | None:
+        """Admit waiting requests while tokens, slots and the expected need for blocks allow. Returns what ran out."""
         forecast = None
         while self.waiting and budget and self._free_slots:
             request = self.waiting[0]
@@ -261,12 +278,12 @@ class Scheduler:
             if self.running:
                 forecast = forecast or _BlockForecast(self.running, self.block_size, self._expected_output)
                 if forecast.peak_with(request, num_shared) > self._block_limit:
-                    return
+                    return WaitingFor.BLOCKS
             num_computed = len(prefix) * self.block_size
             num_new = min(request.num_tokens - num_computed, budget)
             num_missing = -(-(num_computed + num_new) // self.block_size) - len(prefix)
             if num_missing + num_unowned > self.pool.num_available:
-                return
+                return WaitingFor.BLOCKS
             del self.waiting[0]
             self._admit(request, prefix, num_shared, num_missing)
             if forecast:
@@ -275,6 +292,9 @@ class Scheduler:
             step.requests.append(request)
             step.num_new_tokens.append(num_new)
             budget -= num_new
+        if not self.waiting:
+            return None
+        return WaitingFor.SEQS if budget else WaitingFor.TOKENS
 
     def _find_prefix(self, request: Request) -> list[int]:
         if not self.pool.enable_prefix_caching or request.needs_prompt_logits:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.block_pool import BlockPool, extend_block_keys
+from engine.block_pool import BlockPool, block_keys, extend_block_keys
 from engine.request import EngineRequest, FinishReason, Request, SamplingParams
 from engine.scheduler import Scheduler, Step
 
@@ -92,6 +92,16 @@ def check_invariants(scheduler: Scheduler, live: list[Request]) -> None:
     assert all(request.slot == -1 and not request.block_table for request in scheduler.waiting)
 
 
+def replay_events(pool: BlockPool, known_keys: set[bytes]) -> None:
+    """Bring a follower's view of the prefix cache up to date, as a router does, and compare."""
+    stored, evicted = pool.take_events()
+    assert len({*stored, *evicted}) == len(stored) + len(evicted) <= 2 * pool.num_blocks
+    assert known_keys.isdisjoint(stored) and known_keys.issuperset(evicted)
+    known_keys.difference_update(evicted)
+    known_keys.update(stored)
+    assert known_keys == set(pool.keys())
+
+
 requests_strategy = st.lists(
     st.tuples(
         st.integers(0, 3),  # shared prefix
@@ -117,8 +127,11 @@ requests_strategy = st.lists(
     st.booleans(),
     st.sampled_from([0.0, 0.1, 0.5]),
     st.booleans(),
+    st.integers(1, 20),
 )
-def test_random_traces(specs, block_size, spare_blocks, max_num_seqs, max_batched, caching, watermark, overlap):
+def test_random_traces(
+    specs, block_size, spare_blocks, max_num_seqs, max_batched, caching, watermark, overlap, take_every
+):
     num_blocks = -(-MAX_MODEL_LEN // block_size) + spare_blocks
     pool = BlockPool(num_blocks, caching)
     scheduler = Scheduler(pool, block_size, max_num_seqs, max_batched, watermark)
@@ -134,6 +147,7 @@ def test_random_traces(specs, block_size, spare_blocks, max_num_seqs, max_batche
         timeline.append((arrival, abort, Request(source, (EOS,), MAX_MODEL_LEN)))
     live: list[Request] = []
     everyone = [request for _, _, request in timeline]
+    known_keys: set[bytes] = set()
     for now in range(5_000):
         for arrival, abort, request in timeline:
             if arrival == now:
@@ -143,6 +157,8 @@ def test_random_traces(specs, block_size, spare_blocks, max_num_seqs, max_batche
                 scheduler.finish(request, FinishReason.ABORT)
                 live.remove(request)
         check_invariants(scheduler, live)
+        if now % take_every == 0:
+            replay_events(pool, known_keys)
         step = scheduler.schedule()
         if not in_flight:
             assert bool(step.requests) == bool(live), "a step does something whenever there is something to do"
@@ -262,6 +278,22 @@ def test_admission_expects_growth():
     assert max(map(len, steps)) <= 2
 
 
+@pytest.mark.parametrize(
+    ("reason", "num_blocks", "max_num_seqs", "max_num_batched_tokens"),
+    [("tokens", 64, 4, 8), ("seqs", 64, 1, 64), ("blocks", 4, 4, 64), (None, 64, 4, 64)],
+)
+def test_the_first_waiting_request_says_why(reason, num_blocks, max_num_seqs, max_num_batched_tokens):
+    scheduler = Scheduler(BlockPool(num_blocks), 4, max_num_seqs, max_num_batched_tokens)
+    for index in range(2):
+        scheduler.add(make_request(str(index), [index] * 8, max_tokens=8))
+    step = scheduler.schedule()
+    assert scheduler.waiting_for == reason
+    scheduler.update(step, [1] * len(step.sampling))
+    run_to_end(scheduler)
+    assert scheduler.waiting_for is None
+    assert scheduler.counters.num_finished == {"stop": 0, "length": 2, "abort": 0, "error": 0}
+
+
 def test_keys_are_a_chain():
     first: list[bytes] = []
     extend_block_keys(first, [1, 2, 3, 4, 5], 2, "")
@@ -272,7 +304,27 @@ def test_keys_are_a_chain():
     extend_block_keys(grown, [1, 2, 3, 4, 5, 6], 2, "")
     whole: list[bytes] = []
     extend_block_keys(whole, [1, 2, 3, 4, 5, 6], 2, "")
-    assert grown == whole and grown[:2] == first
+    assert grown == whole == block_keys([1, 2, 3, 4, 5, 6], 2, "") and grown[:2] == first
+
+
+def test_events_are_net_and_bounded():
+    pool = BlockPool(2)
+
+    def store(*keys: bytes) -> None:
+        blocks = pool.allocate(len(keys))
+        for block, key in zip(blocks, keys, strict=True):
+            pool.register(block, key)
+        pool.release(blocks)
+
+    store(b"early")
+    assert pool.take_events() == ([b"early"], []), "the first call tells all there are"
+    assert pool.take_events() == ([], [])
+    store(b"a", b"b")
+    assert pool.take_events() == ([b"a", b"b"], [b"early"])
+    for index in range(1000):
+        store(b"%d" % index, b"b")
+        store(b"a", b"b")
+    assert pool.take_events() == ([], []) and set(pool.keys()) == {b"a", b"b"}
 
 
 def test_discarded_blocks_are_not_found_again():
