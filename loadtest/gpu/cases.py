@@ -1,7 +1,7 @@
 """What a measured kernel is: how to run it, what is right, and the least it must do."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ class Case:
     """From a float32 reference."""
     moved: float
     computed: float = 0.0
-    peer: Callable[[], Tensor] | None = None
-    """What torch has for it."""
+    peers: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    """What torch and others have for it, by name."""
     checked: Callable[[], Tensor] | None = None
     """What to compare instead of the result of `run`."""
     tolerance: float | None = None

@@ -1,4 +1,4 @@
-"""Each kernel on real shapes: right against float32, then timed beside torch's own and beside the ceilings."""
+"""Each kernel on real shapes: right against float32, then timed beside others' and the ceilings."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.paged_attention import paged_attention, plan_query_blocks, tokens_per_query_block
 from kernels.paged_decode import decode_scratch, paged_decode
+from loadtest.gpu.attention_peers import Peers, dense_peers, packed_peers, paged_decode_peers
 from loadtest.gpu.cases import Case, randn
 from loadtest.gpu.ceilings import median_s
 from loadtest.gpu.layer_cases import FLOAT8, Sizes, layer_cases
@@ -27,12 +28,17 @@ def run(surroundings: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(case: Case, surroundings: dict[str, Any]) -> Row:
-    """Check a case, then time it."""
+    """Check a case, then time it, and what others have for it. Theirs may fail: that is no error of ours."""
     error = case.check()
     seconds = median_s(case.run)
-    peer_s = median_s(case.peer) if case.peer else None
+    peers: dict[str, float | str] = {}
+    for name, run in case.peers.items():
+        try:
+            peers[name] = median_s(run)
+        except Exception as failure:
+            peers[name] = f"{type(failure).__name__}: {failure}"
     floor = max(case.moved / surroundings["copy_bytes_per_s"], case.computed / surroundings["matmul_flop_per_s"])
-    beside = f"  torch {peer_s * 1e6:9.1f} µs" if peer_s else ""
+    beside = "".join(f"  {name} {s * 1e6:9.1f} µs" for name, s in peers.items() if isinstance(s, float))
     print(f"{case.name:64} {seconds * 1e6:9.1f} µs  {floor / seconds:6.1%} of the floor{beside}", flush=True)
     return {
         "kernel": case.name,
@@ -40,7 +46,7 @@ def measure(case: Case, surroundings: dict[str, Any]) -> Row:
         "seconds": seconds,
         "floor_s": floor,
         "share": floor / seconds,
-        "torch_s": peer_s,
+        "peers_s": peers,
     }
 
 
@@ -60,6 +66,7 @@ def decode_cases(lengths: tuple[list[int], ...], device: str) -> list[Case]:
                     lambda q=query, c=cache, s=scratch: paged_decode(q, c.keys, c.values, c.table, c.lens, s),
                     lambda q=query, c=cache: c.attend(q[:, None]).squeeze(1),
                     2 * sum(lens) * kv_heads * 128 * dtype.itemsize,
+                    peers=_decode_peers(query, cache, lens) if dtype is query.dtype else {},
                 )
             )
     return cases
@@ -74,7 +81,8 @@ def prefill_cases(lengths: tuple[int, ...], device: str) -> list[Case]:
         tokens = tokens_per_query_block(length, 4)
         plan = plan_query_blocks(*(_numpy([n]) for n in (0, length, length)), tokens)
         blocks = torch.from_numpy(plan).to(device)
-        dense = query.transpose(0, 1)[None], *(t[None].transpose(1, 2) for t in cache.dense(0))
+        dense = cache.dense(0)
+        peers = dense_peers(query[None], *(t[None] for t in dense)) | packed_peers(query, *dense, [length], [length])
         cases.append(
             Case(
                 f"paged_attention 32/8 heads, prompt of {length}",
@@ -82,10 +90,20 @@ def prefill_cases(lengths: tuple[int, ...], device: str) -> list[Case]:
                 lambda q=query, c=cache: c.attend(q[None])[0],
                 0,
                 4 * 32 * 128 * length**2 / 2,
-                peer=lambda d=dense: F.scaled_dot_product_attention(*d, is_causal=True, enable_gqa=True),
+                peers=peers,
             )
         )
     return cases
+
+
+def _decode_peers(query: Tensor, cache: "_Cache", lens: list[int]) -> Peers:
+    dense = [cache.dense(row) for row in range(len(lens))]
+    keys, values = (torch.cat([row[part] for row in dense]) for part in range(2))
+    peers = packed_peers(query, keys, values, [1] * len(lens), lens)
+    peers |= paged_decode_peers(query, cache.keys, cache.values, cache.table, lens)
+    if len(set(lens)) == 1:
+        peers |= dense_peers(query[:, None], *(t.unflatten(0, (len(lens), -1)) for t in (keys, values)))
+    return peers
 
 
 class _Cache:

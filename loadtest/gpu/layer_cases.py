@@ -69,7 +69,7 @@ def norm_cases(sizes: Sizes, device: str) -> list[Case]:
                 lambda x=x, w=weight: rms_norm(x, w, 1e-6),
                 lambda x=x, w=weight: F.rms_norm(x.float(), w.shape, w.float(), 1e-6),
                 2 * size,
-                peer=lambda x=x, w=weight: F.rms_norm(x, w.shape, w, 1e-6),
+                peers={"torch": lambda x=x, w=weight: F.rms_norm(x, w.shape, w, 1e-6)},
             ),
             Case(
                 f"add_rms_norm {num_tokens} x {hidden}",
@@ -179,7 +179,7 @@ def _product_case(
         lambda: x.float() @ full.float().T,
         sum(tensor.numel() * tensor.itemsize for tensor in (*quantized, x)) + 2 * len(x) * len(full),
         2 * len(x) * full.numel(),
-        peer=lambda: F.linear(x, full),
+        peers={"torch in bfloat16": lambda: F.linear(x, full)},
         tolerance=FP8_TOLERANCE if operation is scaled_mm_fp8 else None,
     )
 

@@ -142,6 +142,24 @@ def _vllm(path: Path, device: str) -> Iterator[Generate]:
 
 
 @contextmanager
+def _nano_vllm(path: Path, device: str) -> Iterator[Generate]:
+    """Its weights stay as memory is given to it: there is no checkpoint, and it has no random ones."""
+    del device
+    from nanovllm import LLM, SamplingParams
+
+    llm = LLM(str(path), max_model_len=4096)
+
+    def generate(prompts: list[list[int]], counts: list[int]) -> None:
+        params = [SamplingParams(temperature=TEMPERATURE, max_tokens=count, ignore_eos=True) for count in counts]
+        llm.generate(prompts, params, use_tqdm=False)
+
+    try:
+        yield generate
+    finally:
+        llm.exit()
+
+
+@contextmanager
 def _sglang(path: Path, device: str) -> Iterator[Generate]:
     del device
     import sglang
@@ -165,4 +183,5 @@ PEERS: dict[str, Callable[[Path, str], AbstractContextManager[Generate]]] = {
     "transformers continuous batching": _transformers_continuous,
     "vllm": _vllm,
     "sglang": _sglang,
+    "nanovllm": _nano_vllm,
 }

@@ -100,6 +100,11 @@ def test_kernel_cases(monkeypatch):
     rows = [kernels_part.measure(case, CEILINGS) for case in cases]
     assert all(row["error"] < 0.07 and row["share"] > 0 for row in rows)
     assert len({row["kernel"] for row in rows}) == len(rows) > 25
+    peers = {row["kernel"]: set(row["peers_s"]) for row in rows}
+    assert {"torch SDPA", "torch varlen_attn"} <= peers["paged_attention 32/8 heads, prompt of 33"]
+    assert "torch SDPA" in peers["paged_decode 32/8 heads, context 5 x 1, bfloat16"]
     wrong = dataclasses.replace(cases[0], run=lambda: cases[0].run() * 1.1, checked=None)
+    failing = dataclasses.replace(cases[0], peers={"another": lambda: 1 / 0})
+    assert kernels_part.measure(failing, CEILINGS)["peers_s"] == {"another": "ZeroDivisionError: division by zero"}
     with pytest.raises(AssertionError, match=r"rms_norm 3 x 256: relative error 0\.\d+, expected at most 0.02"):
         wrong.check()
