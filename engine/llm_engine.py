@@ -189,7 +189,8 @@ class LLMEngine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_waiting_tokens=sum(request.num_tokens for request in scheduler.waiting),
+            num_waiting_tokens=scheduler.num_waiting_tokens,
+            num_prefill_tokens=scheduler.num_prefill_tokens,
             waiting_for=scheduler.waiting_for if scheduler.waiting else None,
             num_blocks=pool.num_blocks,
             num_free_blocks=pool.num_free,

@@ -102,6 +102,8 @@ class Scheduler:
         self.num_speculative_tokens = num_speculative_tokens
         self.running: list[Request] = []
         self.waiting: list[Request] = []
+        self.num_waiting_tokens = 0
+        """Tokens of the waiting requests."""
         self.waiting_for: WaitingFor | None = None
         """What the first waiting request lacked in the last step, if one waits."""
         self.counters = SchedulerCounters()
@@ -110,12 +112,17 @@ class Scheduler:
         self._num_arrivals = 0
         self._expected_output = FIRST_EXPECTED_OUTPUT
 
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens that running requests have still to compute, but for each one's last."""
+        return sum(max(0, len(request.token_ids) - 1 - request.num_computed_tokens) for request in self.running)
+
     def add(self, request: Request) -> None:
         """Queue a new request."""
         request.arrival_index = self._num_arrivals
         self._num_arrivals += 1
         self.counters.num_prompt_tokens += request.num_prompt_tokens
-        insort(self.waiting, request, key=_order)
+        self._queue(request)
 
     def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """End a request between steps, wherever it is, and give back all it holds."""
@@ -125,7 +132,7 @@ class Scheduler:
             self.running.remove(request)
             self._release(request)
         else:
-            del self.waiting[bisect_left(self.waiting, _order(request), key=_order)]
+            self._unqueue(bisect_left(self.waiting, _order(request), key=_order))
 
     def discard(self, request: Request, error: str) -> list[int]:
         """End a running request whose keys and values may be bad. Returns the blocks that only it owned."""
@@ -284,7 +291,7 @@ class Scheduler:
             num_missing = -(-(num_computed + num_new) // self.block_size) - len(prefix)
             if num_missing + num_unowned > self.pool.num_available:
                 return WaitingFor.BLOCKS
-            del self.waiting[0]
+            self._unqueue(0)
             self._admit(request, prefix, num_shared, num_missing)
             if forecast:
                 forecast.add(request)
@@ -321,7 +328,14 @@ class Scheduler:
         self._release(request)
         request.num_preemptions += 1
         self.counters.num_preemptions += 1
+        self._queue(request)
+
+    def _queue(self, request: Request) -> None:
         insort(self.waiting, request, key=_order)
+        self.num_waiting_tokens += request.num_tokens
+
+    def _unqueue(self, position: int) -> None:
+        self.num_waiting_tokens -= self.waiting.pop(position).num_tokens
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.block_table)

@@ -19,6 +19,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_waiting: int
     num_waiting_tokens: int
     """Tokens of waiting requests still to be computed, prefix cache not considered."""
+    num_prefill_tokens: int
+    """Prompt tokens that running requests have still to compute; of preempted ones, what they had made too."""
     waiting_for: WaitingFor | None
     """What the first waiting request lacked in the last step; None if nobody waits."""
     num_blocks: int

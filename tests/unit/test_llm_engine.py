@@ -156,6 +156,7 @@ def test_prefill_state_is_seen_in_chunks(checkpoint):
     engine.add_request(request(prompt=range(1, 10)))
     engine.step()
     assert engine.request_state("r").status is RequestStatus.PREFILL
+    assert engine.stats().num_prefill_tokens == 4  # 4 of 9 are done, and the last one is no wait
 
 
 def test_stop_token_and_length(llm):

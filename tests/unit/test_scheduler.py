@@ -90,6 +90,7 @@ def check_invariants(scheduler: Scheduler, live: list[Request]) -> None:
     assert len(set(slots)) == len(slots) <= scheduler.max_num_seqs
     assert sorted(id(r) for r in scheduler.running + scheduler.waiting) == sorted(id(r) for r in live)
     assert all(request.slot == -1 and not request.block_table for request in scheduler.waiting)
+    assert scheduler.num_waiting_tokens == sum(request.num_tokens for request in scheduler.waiting)
 
 
 def replay_events(pool: BlockPool, known_keys: set[bytes]) -> None:
