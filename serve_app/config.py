@@ -55,6 +55,26 @@ class DefaultSamplingParams(_Settings):
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
 
 
+class Slo(_Settings):
+    """What the service promises its clients: metrics, dashboards and alerts hold requests against it."""
+
+    ttft_s: float = Field(2.0, gt=0, description="most seconds to the first token of a request")
+    tpot_s: float = Field(0.2, gt=0, description="most seconds for each token after it, on average over a request")
+    ratio: float = Field(0.99, gt=0, lt=1, description="share of the requests that shall meet both")
+
+
+class Tracing(_Settings):
+    """Spans of requests, sent to a collector. Needs the extra `tracing`."""
+
+    otlp_endpoint: str = Field(
+        pattern=r"^https?://\S+$",
+        description="where spans go as OTLP over HTTP, as in `http://127.0.0.1:4318/v1/traces`",
+    )
+    sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="share of requests traced, of those that bring no decision in their traceparent"
+    )
+
+
 class ServiceConfig(_Settings):
     """One model behind one API."""
 
@@ -65,6 +85,8 @@ class ServiceConfig(_Settings):
     default_sampling_params: DefaultSamplingParams = DefaultSamplingParams()
     limits: Limits = Limits()
     api_keys: tuple[ApiKey, ...] = Field((), description="keys that may come in; without any, everybody may")
+    slo: Slo = Slo()
+    tracing: Tracing | None = Field(None, description="tracing of requests; None: off")
     cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/*\s]+)$")], ...] = Field(
         (), description="web pages whose scripts may call this, as in `https://example.com`; `*` is all of them"
     )

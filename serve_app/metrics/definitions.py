@@ -83,8 +83,8 @@ _ALL = (
         "error.", ("reason",),
     ),
     Definition(
-        "requests_cancelled_total", _C, _INGRESS, "Requests whose client left: waiting for a first token, or streaming.",
-        ("phase",),
+        "requests_cancelled_total", _C, _INGRESS, "Requests whose client left: waiting for a first token, or "
+        "streaming.", ("phase",),
     ),
     Definition(
         "request_success_total", _C, _INGRESS, "Outputs (choices of requests) that ended, by OpenAI's finish reason.",
@@ -181,8 +181,8 @@ _ALL = (
     Definition("prompt_tokens_total", _C, _REPLICA, "Prompt tokens that came in."),
     Definition("generation_tokens_total", _C, _REPLICA, "Tokens that were generated."),
     Definition(
-        "engine_requests_total", _C, _REPLICA, "Outputs that ended in the engine, by its reason; abort is a client that "
-        "left, or a text that ended before its tokens did.", ("finished_reason",),
+        "engine_requests_total", _C, _REPLICA, "Outputs that ended in the engine, by its reason; abort is a client "
+        "that left, or a text that ended before its tokens did.", ("finished_reason",),
     ),
     Definition(
         "prefill_tokens_per_second", _G, _REPLICA, "Rate at which prompts are computed, over the last seconds that "

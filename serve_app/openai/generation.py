@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from engine.detokenizer import Detokenizer, StopStrings
-from engine.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
+from engine.request import EngineRequest, FinishReason, RequestOutput, RequestTimings, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from serve_app.engine_client import EngineClient
 from serve_app.openai.errors import bad_request, internal_error, unavailable
@@ -32,6 +32,8 @@ class Delta:
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    timings: RequestTimings | None = None
+    """Comes once, with the first token."""
 
 
 @dataclass(slots=True)
@@ -105,8 +107,14 @@ class _Reader:
                 cached_tokens=output.num_cached_tokens,
                 prompt_logprobs=output.prompt_logprobs,
                 finish_reason="length",
+                timings=output.timings,
             )
-        delta = Delta(self._index, cached_tokens=output.num_cached_tokens, prompt_logprobs=output.prompt_logprobs)
+        delta = Delta(
+            self._index,
+            cached_tokens=output.num_cached_tokens,
+            prompt_logprobs=output.prompt_logprobs,
+            timings=output.timings,
+        )
         num_read = self._read_tokens(output, delta)
         delta.token_ids = output.token_ids[:num_read]
         usage.completion_tokens += num_read
