@@ -75,7 +75,15 @@ class EngineConfig(BaseModel):
         le=32,
         description="tokens guessed from what came before and verified in one step; 0: none. Steps do not overlap then",
     )
-    num_threads: int | None = Field(None, ge=1, description="CPU threads for tensor operations; None: all cores")
+    tensor_parallel_size: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="devices of one machine that hold the model together; on a CPU, processes. See docs/tensor-parallel.md",
+    )
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads for tensor operations; None: all cores, or an equal part for each rank"
+    )
     show_progress: bool = Field(True, description="progress bars for what takes over two seconds")
 
 
