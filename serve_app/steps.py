@@ -4,6 +4,9 @@ import msgspec
 
 from engine.request import RequestOutput
 
+HEARTBEAT_S = 0.5
+"""A replica tells something at least so often, however idle it is."""
+
 
 class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
     """How busy a replica is, after a step."""
