@@ -71,6 +71,11 @@ def caller_of(request: Request) -> Caller:
     return request.scope[_CALLER]
 
 
+def caller_name(scope: Scope) -> str | None:
+    """The name of the API key that got a request through the gate, empty without keys; None if it did not get in."""
+    return scope[_CALLER].name if _CALLER in scope else None
+
+
 def _check_headers(scope: Scope, most_bytes: int) -> None:
     headers = scope["headers"]
     num_bytes = sum(len(name) + len(value) for name, value in headers)

@@ -1,7 +1,10 @@
 """The metrics of one process, and the form in which it hands them to whoever shows them."""
 
+from collections.abc import Mapping
+
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.core import Metric
 
 from serve_app.metrics.definitions import DEFINITIONS, Definition, Kind
 
@@ -51,6 +54,19 @@ def histogram(registry: CollectorRegistry, name: str) -> Histogram:
     return Histogram(
         definition.full_name, definition.help, definition.labels, registry=registry, buckets=definition.buckets
     )
+
+
+def family_of(name: str, values: float | Mapping[str, float]) -> Metric:
+    """A counter or gauge with these values: one, or one for each value of its only label."""
+    definition = DEFINITIONS[name]
+    family = Metric(definition.full_name.removesuffix("_total"), definition.help, definition.kind)
+    if isinstance(values, Mapping):
+        [label] = definition.labels
+        for key, value in values.items():
+            family.add_sample(definition.full_name, {label: key}, value)
+    else:
+        family.add_sample(definition.full_name, {}, values)
+    return family
 
 
 def samples_of(registry: CollectorRegistry) -> list[Sample]:

@@ -1,0 +1,63 @@
+"""The engine's counters as metrics of its replica."""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from engine.config import EngineConfig
+from engine.scheduler import WaitingFor
+from engine.stats import EngineStats
+from serve_app.metrics.process import family_of, gauge
+
+
+class EngineCollector(Collector):
+    """Reads EngineStats whenever somebody wants to know; costs a running engine nothing.
+
+    Args:
+        stats: reads them.
+    """
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        waiting = {reason: stats.num_waiting if stats.waiting_for is reason else 0 for reason in WaitingFor}
+        stages = {
+            "schedule": stats.schedule_s, "launch": stats.launch_s, "wait": stats.wait_s, "update": stats.update_s,
+        }  # fmt: skip
+        blocks = {"free": stats.num_free_blocks, "cached": stats.num_cached_blocks, "owned": stats.num_owned_blocks}
+        yield family_of("num_requests_running", stats.num_running)
+        yield family_of("num_requests_waiting", stats.num_waiting)
+        yield family_of("num_requests_waiting_by_reason", waiting)
+        yield family_of("num_tokens_waiting", stats.num_waiting_tokens)
+        yield family_of("num_preemptions_total", stats.num_preemptions)
+        yield family_of("engine_steps_total", stats.num_steps)
+        yield family_of("engine_step_seconds_total", stages)
+        yield family_of("prompt_tokens_total", stats.num_prompt_tokens)
+        yield family_of("generation_tokens_total", stats.num_generated_tokens)
+        yield family_of("engine_requests_total", stats.num_finished)
+        yield family_of("prefill_tokens_per_second", stats.prefill_tokens_per_s)
+        yield family_of("kv_cache_usage_perc", stats.num_owned_blocks / stats.num_blocks)
+        yield family_of("kv_blocks", blocks)
+        yield family_of("prefix_cache_queries_total", stats.num_prompt_tokens)
+        yield family_of("prefix_cache_hits_total", stats.num_cached_prompt_tokens)
+        yield family_of("spec_decode_num_draft_tokens_total", stats.num_guessed_tokens)
+        yield family_of("spec_decode_num_accepted_tokens_total", stats.num_right_guesses)
+
+
+def replica_registry(config: EngineConfig, stats: Callable[[], EngineStats]) -> CollectorRegistry:
+    """The metrics of one engine replica.
+
+    Args:
+        config: the engine's.
+        stats: reads its counters.
+    """
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(stats))
+    cache = gauge(registry, "cache_config_info")
+    num_blocks, caches = stats().num_blocks, config.enable_prefix_caching
+    cache.labels(str(config.block_size), str(num_blocks), str(caches).lower()).set(1)
+    return registry
