@@ -18,6 +18,11 @@ from serve_app.engine_client import EngineClient
 from serve_app.gate import caller_of
 from serve_app.grammar_checker import GrammarChecker
 from serve_app.http import EventStream, parse_body, read_body, unless_disconnected
+from serve_app.metrics.exposition import CONTENT_TYPE, FleetMetrics
+from serve_app.metrics.ingress import IngressMetrics
+from serve_app.metrics.process import Snapshot, samples_of
+from serve_app.metrics.ray_export import RayExport
+from serve_app.metrics.requests import meter_of
 from serve_app.openai.endpoint import Endpoint, ServedModel, check_model
 from serve_app.openai.errors import ApiError, internal_error, unavailable
 from serve_app.openai.generation import Delta, Generation
@@ -51,6 +56,13 @@ class Ingress:
         self._grammars = GrammarChecker(config.limits)
         self._encoder = msgspec.json.Encoder()
         self._served: ServedModel | None = None
+        context = serve.get_replica_context()
+        self._id = context.replica_id.unique_id
+        self.measured = IngressMetrics(config)
+        ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
+        self._fleet_metrics = FleetMetrics([ingresses, engine], config.model_name)
+        labels = {"model_name": config.model_name, "ingress": self._id}
+        self._exporting = asyncio.create_task(RayExport(self.measured.registry, labels).run())
         self._loading = asyncio.create_task(self._load())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -65,6 +77,14 @@ class Ingress:
 
     async def version(self) -> Response:
         return self._json({"version": version("qwen3-serve")})
+
+    async def all_metrics(self) -> Response:
+        """The metrics of every process, in Prometheus' text format."""
+        return Response(await self._fleet_metrics.text(), media_type=CONTENT_TYPE)
+
+    async def metrics(self) -> bytes:
+        """Those of this one: a Snapshot (msgpack), for the ingress that answers /metrics."""
+        return msgspec.msgpack.encode(Snapshot("ingress", self._id, samples_of(self.measured.registry)))
 
     async def models(self) -> Response:
         return self._json({"object": "list", "data": [self._model_card(self._model())]})
@@ -89,9 +109,9 @@ class Ingress:
             msgspec.structs.replace(each, cache_salt=caller.cache_salt(each.cache_salt)) for each in endpoint.requests
         ]
         generation = Generation(self._client, served.tokenizer, requests, endpoint.text_options, endpoint.prompt_tokens)
+        deltas = meter_of(request).watch(generation.deltas(), requests, generation.usage)
         if not endpoint.stream:
-            return await unless_disconnected(request, self._whole(endpoint, generation))
-        deltas = generation.deltas()
+            return await unless_disconnected(request, self._whole(endpoint, generation, deltas))
         try:
             # Errors up to the first output still have a status of their own.
             first = await unless_disconnected(request, anext(deltas))
@@ -113,8 +133,10 @@ class Ingress:
             return await asyncio.to_thread(lambda: make(parse_body(raw, body), served))
         return make(parse_body(raw, body), served)
 
-    async def _whole(self, endpoint: Endpoint, generation: Generation) -> Response:
-        async with aclosing(generation.deltas()) as deltas:
+    async def _whole(
+        self, endpoint: Endpoint, generation: Generation, deltas: AsyncGenerator[Delta, None]
+    ) -> Response:
+        async with aclosing(deltas):
             found = [delta async for delta in deltas]
         return self._json(endpoint.whole(found, generation.usage))
 
@@ -145,6 +167,7 @@ class Ingress:
                 await asyncio.sleep(LOADING_RETRY_S)
                 continue
             self._served = await asyncio.to_thread(ServedModel.from_info, self._config, info)
+            self.measured.describe(info)
         await announce(self._config.model_name)
 
     def _model(self) -> ServedModel:

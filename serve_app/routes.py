@@ -17,6 +17,8 @@ from serve_app.anthropic.protocol import CountTokensBody, MessagesBody
 from serve_app.auth import ApiKeys
 from serve_app.config import ServiceConfig
 from serve_app.gate import Gate
+from serve_app.metrics.ingress import IngressMetrics
+from serve_app.metrics.requests import Metered, note_error
 from serve_app.openai.chat import Chat
 from serve_app.openai.completion_protocol import CompletionBody
 from serve_app.openai.completions import Completions
@@ -48,8 +50,11 @@ CONVERTING: dict[str, tuple[type[BaseModel], Conversion]] = {
 class Service(Protocol):
     """What the routes lead to."""
 
+    measured: IngressMetrics
+
     async def health(self) -> Response: ...
     async def version(self) -> Response: ...
+    async def all_metrics(self) -> Response: ...
     async def models(self) -> Response: ...
     async def model(self, name: str) -> Response: ...
     async def generate(self, request: Request, body: type[BaseModel], endpoint: EndpointClass) -> Response: ...
@@ -69,6 +74,7 @@ def build_http_app(service: Service, config: ServiceConfig) -> FastAPI:
     app.add_api_route("/health", service.health, methods=["GET"])
     open_routes = [app.routes[-1]]
     app.add_api_route("/version", service.version, methods=["GET"])
+    app.add_api_route("/metrics", service.all_metrics, methods=["GET"])
     app.add_api_route("/v1/models", service.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", service.model, methods=["GET"])
     for path, (body, endpoint) in GENERATING.items():
@@ -87,11 +93,13 @@ def build_http_app(service: Service, config: ServiceConfig) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+    app.add_middleware(Metered, metrics=service.measured, endpoints=GENERATING)
     return app
 
 
 def error_response(scope: Scope, error: ApiError) -> Response:
     """An error in the form that clients of the path expect."""
+    note_error(scope, error)
     is_anthropic = scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1/messages")
     return anthropic.error_response(error) if is_anthropic else error.response()
 

@@ -15,6 +15,7 @@ from serve_app import auth
 from serve_app.auth import ApiKeys, Caller
 from serve_app.config import ApiKey, ServiceConfig
 from serve_app.gate import caller_of
+from serve_app.metrics.ingress import IngressMetrics
 from serve_app.openai.errors import ApiError
 from serve_app.routes import CONVERTING, GENERATING, build_http_app
 
@@ -30,13 +31,14 @@ class Behind:
     """What is behind the gate: it tells who came in, and waits if it is told to."""
 
     def __init__(self) -> None:
+        self.measured = IngressMetrics(ServiceConfig())
         self.may_end = asyncio.Event()
         self.may_end.set()
 
     async def health(self) -> Response:
         return Response("behind the gate")
 
-    version = models = health
+    version = models = all_metrics = health
 
     async def model(self, name: str) -> Response:
         return Response(f"behind the gate, {name}")
