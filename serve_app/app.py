@@ -19,7 +19,7 @@ def build_app(args: ServiceConfig) -> Application:
     num_gpus = 1 if args.engine.device == "cuda" or (has_gpus and args.engine.device == "auto") else 0
     engine = EngineReplica.options(  # type: ignore[attr-defined]  # a Deployment since its decorator
         ray_actor_options={"num_cpus": 0.5, "num_gpus": num_gpus}
-    ).bind(args.engine)
+    ).bind(args.engine, args.model_name)
     return Ingress.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": 0.25}
     ).bind(args, engine)

@@ -19,6 +19,9 @@ from engine.errors import EngineDeadError, QueueFullError, RequestError
 from engine.request import EngineRequest, FinishReason, RequestOutput
 from engine.weights.hub import resolve_model
 from serve_app.load_report import LoadReport
+from serve_app.metrics.engine import replica_registry
+from serve_app.metrics.process import Snapshot, process_id, samples_of
+from serve_app.metrics.ray_export import RayExport
 from serve_app.terminal import say
 from serve_app.wire import ModelInfo, Refusal, RefusalKind, ReplicaMessage
 
@@ -35,9 +38,10 @@ class EngineReplica:
     Args:
         config: the engine's configuration. The model is loaded before the replica counts as started; where it cannot
             be, the terminal says why.
+        model_name: what clients call the model; a label of the metrics.
     """
 
-    async def __init__(self, config: EngineConfig) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(self, config: EngineConfig, model_name: str) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         try:
             # On a thread, as it takes minutes for a large model and Ray talks to this loop meanwhile.
             self._engine = await asyncio.to_thread(AsyncEngine, config)
@@ -48,6 +52,9 @@ class EngineReplica:
         self._decoder = msgspec.msgpack.Decoder(EngineRequest)
         self._encoder = msgspec.msgpack.Encoder()
         self._load = LoadReport(config.max_num_seqs)
+        self._registry = replica_registry(config, self._engine.stats)
+        labels = {"model_name": model_name, "replica": process_id()}
+        self._exporting = asyncio.create_task(RayExport(self._registry, labels).run())
         logger.info("%s is loaded: context of %d tokens", config.model, self._engine.max_model_len)
 
     async def generate(self, encoded: bytes) -> AsyncGenerator[bytes, None]:
@@ -79,6 +86,10 @@ class EngineReplica:
         """EngineStats as a dict."""
         return msgspec.to_builtins(self._engine.stats())
 
+    async def metrics(self) -> bytes:
+        """This replica's metrics: a Snapshot (msgpack)."""
+        return msgspec.msgpack.encode(Snapshot("replica", process_id(), samples_of(self._registry)))
+
     def record_autoscaling_stats(self) -> dict[str, int | float]:
         """For Ray, which hands it to the autoscaling policy: see LoadReport."""
         return self._load.measure(self._engine.stats(), time.monotonic())
@@ -92,6 +103,8 @@ class EngineReplica:
         self._engine.check_health()
 
     async def __del__(self) -> None:
+        if hasattr(self, "_exporting"):
+            self._exporting.cancel()
         if hasattr(self, "_engine"):
             await self._engine.stop()
 

@@ -24,10 +24,11 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         stats = self._stats()
-        waiting = {reason: stats.num_waiting if stats.waiting_for is reason else 0 for reason in WaitingFor}
+        waiting = {str(reason): stats.num_waiting if stats.waiting_for is reason else 0 for reason in WaitingFor}
         stages = {
             "schedule": stats.schedule_s, "launch": stats.launch_s, "wait": stats.wait_s, "update": stats.update_s,
         }  # fmt: skip
+        finished = {str(reason): count for reason, count in stats.num_finished.items()}
         blocks = {"free": stats.num_free_blocks, "cached": stats.num_cached_blocks, "owned": stats.num_owned_blocks}
         yield family_of("num_requests_running", stats.num_running)
         yield family_of("num_requests_waiting", stats.num_waiting)
@@ -38,7 +39,7 @@ class EngineCollector(Collector):
         yield family_of("engine_step_seconds_total", stages)
         yield family_of("prompt_tokens_total", stats.num_prompt_tokens)
         yield family_of("generation_tokens_total", stats.num_generated_tokens)
-        yield family_of("engine_requests_total", stats.num_finished)
+        yield family_of("engine_requests_total", finished)
         yield family_of("prefill_tokens_per_second", stats.prefill_tokens_per_s)
         yield family_of("kv_cache_usage_perc", stats.num_owned_blocks / stats.num_blocks)
         yield family_of("kv_blocks", blocks)

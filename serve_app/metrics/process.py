@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import Metric
+from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from serve_app.metrics.definitions import DEFINITIONS, Definition, Kind
 
@@ -34,6 +36,14 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     """`ingress` or `replica`, which is also the name of the label that tells them apart."""
     id: str
     samples: list[Sample]
+
+
+def process_id() -> str:
+    """The id that Ray Serve gave this process; empty where it runs none, as in a script."""
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:
+        return ""
 
 
 def counter(registry: CollectorRegistry, name: str) -> Counter:

@@ -23,7 +23,7 @@ async def start(**config: Any) -> Any:
     """As Ray Serve starts one."""
     values = {"kv_cache_memory": 2**25, "num_threads": 1, "max_num_seqs": 1, "max_num_waiting": 1} | config
     made = Replica.__new__(Replica)
-    await made.__init__(EngineConfig(**values))
+    await made.__init__(EngineConfig(**values), "demo")
     return made
 
 
