@@ -7,18 +7,23 @@ for each step, in one wake-up of the loop. What a slow reader has not read is me
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from enum import StrEnum
 
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, RequestError
 from engine.grammar import GrammarState
 from engine.llm_engine import LLMEngine
+from engine.lora.handle import AdapterHandle
+from engine.output_buffer import OutputBuffer
 from engine.request import EngineRequest, FinishReason, RequestOutput, RequestState
 from engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
+
+_Command = tuple[EngineRequest, GrammarState | None, AdapterHandle | None] | str
 
 STOP_TIMEOUT_S = 30.0
 """How long `stop` waits for the step in flight."""
@@ -33,43 +38,39 @@ class EngineStatus(StrEnum):
     DEAD = "dead"
 
 
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """How an engine is after a step."""
+
+    stats: EngineStats
+    stored: list[bytes]
+    """Keys of KV blocks that the prefix cache can find since the last report ..."""
+    evicted: list[bytes]
+    """... and of those that it cannot find any more; none is in both."""
+
+
 class _Stream:
     """Outputs of one request on their way to its reader."""
 
-    __slots__ = ("_ready", "_unread")
+    __slots__ = ("_buffer", "_ready")
 
     def __init__(self) -> None:
-        self._unread: RequestOutput | None = None
+        self._buffer = OutputBuffer()
         self._ready = asyncio.Event()
 
+    @property
+    def is_finished(self) -> bool:
+        return self._buffer.is_finished
+
     def put(self, output: RequestOutput) -> None:
-        self._unread = output if self._unread is None else merge_outputs(self._unread, output)
+        self._buffer.put(output)
         self._ready.set()
 
     async def get(self) -> RequestOutput:
         """Everything since the last call, as one output."""
         await self._ready.wait()
         self._ready.clear()
-        output, self._unread = self._unread, None
-        if output is None:
-            raise RuntimeError("a stream was woken with nothing to read")
-        return output
-
-
-def merge_outputs(first: RequestOutput, second: RequestOutput) -> RequestOutput:
-    """Two outputs of one request, one after the other, as one."""
-    return RequestOutput(
-        first.request_id,
-        first.token_ids + second.token_ids,
-        logprobs=(first.logprobs or []) + (second.logprobs or []) or None,
-        prompt_logprobs=first.prompt_logprobs if first.prompt_logprobs is not None else second.prompt_logprobs,
-        finish_reason=second.finish_reason,
-        stop_token_id=second.stop_token_id,
-        error=second.error,
-        num_cached_tokens=first.num_cached_tokens,
-        error_param=second.error_param,
-        timings=first.timings or second.timings,
-    )
+        return self._buffer.take()
 
 
 class AsyncEngine:
@@ -77,23 +78,25 @@ class AsyncEngine:
 
     Args:
         config: see EngineConfig. The model is loaded before the constructor returns.
+        on_step: called in the event loop after every step, when the step's outputs have been handed over.
 
     Raises:
         CheckpointError, ConfigError: see LLMEngine.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, on_step: Callable[[StepReport], None] | None = None) -> None:
         self._engine = LLMEngine(config)
+        self._on_step = on_step
         self.config = config
         self.max_model_len = self._engine.max_model_len
         self.vocab_size = self._engine.vocab_size
         self.eos_token_ids = self._engine.eos_token_ids
         self.status = EngineStatus.RUNNING
         self.fatal_error: str | None = None
-        self._streams: dict[str, _Stream] = {}
+        self._sinks: dict[str, Callable[[RequestOutput], None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake_up = threading.Condition()
-        self._commands: list[tuple[EngineRequest, GrammarState | None] | str] = []
+        self._commands: list[_Command] = []
         """Requests to queue and ids to abort, in order."""
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -109,32 +112,52 @@ class AsyncEngine:
             QueueFullError: too many requests are waiting.
             EngineDeadError: the engine does not run (any more).
         """
+        stream = _Stream()
+        await self.submit(request, stream.put)
+        try:
+            while True:
+                output = await stream.get()
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            if not stream.is_finished:
+                self.drop(request.request_id)
+
+    async def submit(self, request: EngineRequest, sink: Callable[[RequestOutput], None]) -> None:
+        """Queue a request whose outputs go to `sink`: called in the event loop, last with the one that has a finish reason.
+
+        Raises:
+            RequestError, QueueFullError, EngineDeadError: see `generate`.
+        """
+        self._engine.validate(request)
         # The engine's thread goes on while a new grammar is compiled, and so does this loop.
         grammar = await self._start_grammar(request) if request.params.grammar is not None else None
-        stream = self._submit(request, grammar)
-        finished = False
-        try:
-            while not finished:
-                output = await stream.get()
-                finished = output.finish_reason is not None
-                yield output
-        finally:
-            self._streams.pop(request.request_id, None)
-            if not finished:
-                self._send(request.request_id)
+        adapter = await asyncio.to_thread(self._engine.find_adapter, request.adapter) if request.adapter else None
+        self._queue(request, sink, grammar, adapter)
+
+    def drop(self, request_id: str) -> bool:
+        """End a request whose outputs are not wanted any more. False if there is no such request."""
+        if self._sinks.pop(request_id, None) is None:
+            return False
+        self._send(request_id)
+        return True
 
     def abort(self, request_id: str) -> bool:
         """End a request: its reader gets a last output with reason `abort`. False if there is no such request."""
-        stream = self._streams.pop(request_id, None)
-        if stream is None:
+        sink = self._sinks.get(request_id)
+        if sink is None:
             return False
-        stream.put(RequestOutput(request_id, [], finish_reason=FinishReason.ABORT))
-        self._send(request_id)
-        return True
+        sink(RequestOutput(request_id, [], finish_reason=FinishReason.ABORT))
+        return self.drop(request_id)
 
     def request_state(self, request_id: str) -> RequestState | None:
         """A snapshot of a live or recently ended request; None if unknown, or not taken up by the thread yet."""
         return self._engine.request_state(request_id)
+
+    def adapter_names(self) -> list[str]:
+        """Of the adapters that requests can name. Reads a folder, so it belongs on a thread."""
+        return self._engine.adapter_names()
 
     def stats(self) -> EngineStats:
         """Load and totals, at most one step old."""
@@ -149,7 +172,7 @@ class AsyncEngine:
         """End all requests with reason `abort`, then the thread."""
         if self.status is EngineStatus.RUNNING:
             self.status = EngineStatus.STOPPING
-        for request_id in list(self._streams):
+        for request_id in list(self._sinks):
             self.abort(request_id)
         with self._wake_up:
             self._wake_up.notify()
@@ -162,20 +185,24 @@ class AsyncEngine:
 
     async def _start_grammar(self, request: EngineRequest) -> GrammarState | None:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._compiling, self._engine.start_grammar, request.params)
+        return await loop.run_in_executor(self._compiling, self._engine.start_grammar, request)
 
-    def _submit(self, request: EngineRequest, grammar: GrammarState | None) -> _Stream:
+    def _queue(
+        self,
+        request: EngineRequest,
+        sink: Callable[[RequestOutput], None],
+        grammar: GrammarState | None,
+        adapter: AdapterHandle | None,
+    ) -> None:
         self.check_health()
-        self._engine.validate(request)
-        if request.request_id in self._streams:
+        if request.request_id in self._sinks:
             raise RequestError(f"request id {request.request_id!r} is in use, expected a new one", "request_id")
         self._engine.check_room(request.request_id, num_pending=len(self._commands))
         self._loop = asyncio.get_running_loop()
-        stream = self._streams[request.request_id] = _Stream()
-        self._send((request, grammar))
-        return stream
+        self._sinks[request.request_id] = sink
+        self._send((request, grammar, adapter))
 
-    def _send(self, command: tuple[EngineRequest, GrammarState | None] | str) -> None:
+    def _send(self, command: _Command) -> None:
         with self._wake_up:
             self._commands.append(command)
             self._wake_up.notify()
@@ -185,8 +212,11 @@ class AsyncEngine:
         try:
             while self._take_up():
                 outputs = self._engine.step()
-                if outputs and self._loop is not None:
-                    self._loop.call_soon_threadsafe(self._deliver, outputs)
+                report = None
+                if self._on_step is not None:
+                    report = StepReport(self._engine.stats(), *self._engine.take_block_events())
+                if (outputs or report is not None) and self._loop is not None:
+                    self._loop.call_soon_threadsafe(self._deliver, outputs, report)
         except Exception as error:
             logger.exception("the engine stops on a fault")
             self.fatal_error = f"engine fault: {type(error).__name__}: {error}"
@@ -209,17 +239,19 @@ class AsyncEngine:
                 self._engine.enqueue(*command)
         return True
 
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        """In the event loop: one step's outputs to their streams. Requests aborted meanwhile have none."""
+    def _deliver(self, outputs: list[RequestOutput], report: StepReport | None) -> None:
+        """In the event loop: one step's outputs to their sinks. Requests aborted meanwhile have none."""
         for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is None:
+            sink = self._sinks.get(output.request_id)
+            if sink is None:
                 continue
-            stream.put(output)
             if output.finish_reason is not None:
-                del self._streams[output.request_id]
+                del self._sinks[output.request_id]
+            sink(output)
+        if self._on_step is not None and report is not None:
+            self._on_step(report)
 
     def _fail_all(self) -> None:
-        streams, self._streams = self._streams, {}
-        for request_id, stream in streams.items():
-            stream.put(RequestOutput(request_id, [], finish_reason=FinishReason.ERROR, error=self.fatal_error))
+        sinks, self._sinks = self._sinks, {}
+        for request_id, sink in sinks.items():
+            sink(RequestOutput(request_id, [], finish_reason=FinishReason.ERROR, error=self.fatal_error))

@@ -4,7 +4,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)?")
 _UNITS = {None: 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -81,10 +81,29 @@ class EngineConfig(BaseModel):
         le=64,
         description="devices of one machine that hold the model together; on a CPU, processes. See docs/tensor-parallel.md",
     )
+    max_loras: int = Field(
+        0, ge=0, le=64, description="most LoRA adapters in one step; so much device memory is set apart; 0: no adapters"
+    )
+    max_lora_rank: int = Field(16, ge=1, le=512, description="most ranks of an adapter")
+    adapters: dict[str, str] = Field({}, description="adapters to load at the start: name and PEFT folder of each")
+    lora_folder: str | None = Field(
+        None, description="where `NAME/adapter_config.json` is looked up when a request first asks for adapter NAME"
+    )
     num_threads: int | None = Field(
         None, ge=1, description="CPU threads for tensor operations; None: all cores, or an equal part for each rank"
     )
     show_progress: bool = Field(True, description="progress bars for what takes over two seconds")
+
+    @model_validator(mode="after")
+    def _adapters_have_room(self) -> "EngineConfig":
+        if not self.max_loras and (self.adapters or self.lora_folder is not None):
+            raise ValueError("max_loras is 0 though there are adapters or a lora_folder, expected at least 1")
+        if self.max_loras and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"max_loras is {self.max_loras} and tensor_parallel_size {self.tensor_parallel_size}, expected one of "
+                "them: adapters are not split between devices"
+            )
+        return self
 
 
 def set_cpu_defaults() -> None:

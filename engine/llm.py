@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
@@ -88,16 +89,22 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         show_progress: bool = False,
+        adapter: str | Sequence[str] = "",
     ) -> list[Completion]:
-        """Complete prompts, all in one batch. One SamplingParams for all, or one for each.
+        """Complete prompts, all in one batch. One SamplingParams and one adapter's name for all, or one for each.
 
         Raises:
             RequestError: a prompt or parameter that cannot work; nothing was run.
         """
-        requests = [self._request(prompt, own) for prompt, own in self._pair(prompts, params)]
+        pairs = list(self._pair(prompts, params))
+        adapters = [adapter] * len(pairs) if isinstance(adapter, str) else adapter
+        if len(adapters) != len(pairs):
+            raise RequestError(f"{len(adapters)} adapters for {len(pairs)} prompts, expected one or as many", "adapter")
+        requests = [self._request(*pair, name) for pair, name in zip(pairs, adapters, strict=True)]
         for request in requests:
             self.engine.validate(request)
-            self.engine.start_grammar(request.params)
+            self.engine.start_grammar(request)
+            self.engine.find_adapter(request.adapter)
         readers = {request.request_id: _Reader(self, request.prompt_token_ids, request.params) for request in requests}
         to_come = deque(requests)
         with tqdm(total=len(requests), desc="generating", unit="req", delay=2, disable=not show_progress) as progress:
@@ -110,9 +117,9 @@ class LLM:
                     self.engine.abort(request_id)
         return [readers[request.request_id].completion for request in requests]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, adapter: str = "") -> Iterator[str]:
         """Complete one prompt; yields text as it comes."""
-        request = self._request(prompt, params or SamplingParams())
+        request = self._request(prompt, params or SamplingParams(), adapter)
         reader = _Reader(self, request.prompt_token_ids, request.params)
         self.engine.add_request(request)
         try:
@@ -129,8 +136,26 @@ class LLM:
         """Answer a conversation, rendered with the model's chat template."""
         return self.generate([self.tokenizer.encode_chat(messages, **template_variables)], params)[0]
 
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Load a LoRA adapter from PEFT's folder; `generate(..., adapter=name)` then uses it.
+
+        Raises:
+            CheckpointError: it cannot be used with this model.
+            RequestError: the name is taken or no name, or the engine has no room for adapters (`max_loras`).
+            QueueFullError: as many adapters are loaded as may be.
+        """
+        self.engine.load_adapter(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            RequestError: it is not loaded, or requests use it.
+        """
+        self.engine.unload_adapter(name)
+
     def logits(self, prompt: Prompt) -> Tensor:
-        """What the model expects after every token of a prompt.
+        """What the model without adapters expects after every token of a prompt.
 
         Returns:
             [num_tokens, vocab_size] float32, on the CPU.
@@ -170,10 +195,11 @@ class LLM:
             raise RequestError(f"{len(params)} SamplingParams for {len(several)} prompts, expected one or as many")
         return zip(several, params, strict=True)
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> EngineRequest:
+    def _request(self, prompt: Prompt, params: SamplingParams, adapter: str = "") -> EngineRequest:
         self._num_requests += 1
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        return EngineRequest(request_id=f"llm-{self._num_requests}", prompt_token_ids=token_ids, params=params)
+        name = f"llm-{self._num_requests}"
+        return EngineRequest(request_id=name, prompt_token_ids=token_ids, params=params, adapter=adapter)
 
     def _step(self, to_come: deque[EngineRequest], readers: dict[str, _Reader]) -> Iterator[_Reader]:
         """Queue what there is room for, run one step, and yield the readers that got something."""

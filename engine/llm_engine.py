@@ -6,11 +6,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.errors import QueueFullError, RequestError
 from engine.grammar import GrammarCompiler, GrammarState
+from engine.lora.handle import AdapterHandle
+from engine.lora.registry import AdapterRegistry
 from engine.model_config import ModelConfig
 from engine.outcome import LaunchedStep, StepResult
 from engine.request import (
@@ -64,7 +67,11 @@ class LLMEngine:
             config.max_num_seqs,
             self.runner.max_num_batched_tokens,
             num_speculative_tokens=config.num_speculative_tokens,
+            max_loras=config.max_loras,
         )
+        self._adapters: AdapterRegistry | None = None
+        if self.runner.adapters is not None:
+            self._adapters = AdapterRegistry(config, self.runner.adapters.parts, self.runner.dtype)
         self._requests: dict[str, Request] = {}
         self._finished: OrderedDict[str, RequestState] = OrderedDict()
         self._overlap = self.runner.device.type == "cuda" if config.overlap_steps is None else config.overlap_steps
@@ -102,6 +109,8 @@ class LLMEngine:
                 f"{len(prompt) + params.max_tokens}, expected at most the context of {self.max_model_len}",
                 "max_tokens",
             )
+        if source.output_token_ids:
+            self._check_output(source)
 
     def add_request(self, source: EngineRequest) -> None:
         """Queue a request.
@@ -112,15 +121,25 @@ class LLMEngine:
         """
         self.validate(source)
         self.check_room(source.request_id)
-        self.enqueue(source, self.start_grammar(source.params))
+        self.enqueue(source, self.start_grammar(source), self.find_adapter(source.adapter))
 
-    def start_grammar(self, params: SamplingParams) -> GrammarState | None:
-        """What `enqueue` needs to know about the grammar, if there is one. See GrammarCompiler.start.
+    def start_grammar(self, source: EngineRequest) -> GrammarState | None:
+        """What `enqueue` needs to know about the grammar of a request that `validate` passed, if it has one.
+
+        See GrammarCompiler.start.
 
         Raises:
-            RequestError: the grammar cannot be used.
+            RequestError: the grammar cannot be used, or the output so far does not fit it or is all that may be.
         """
-        return None if params.grammar is None else self._grammars.start(params.grammar)
+        if source.params.grammar is None:
+            return None
+        state = self._grammars.start(source.params.grammar)
+        for index, token_id in enumerate(source.output_token_ids):
+            if (error := state.advance(token_id)) is not None:
+                raise RequestError(f"output_token_ids[{index}] does not fit the grammar: {error}", "output_token_ids")
+        if source.output_token_ids and state.is_complete:
+            raise RequestError("output_token_ids fulfils the grammar, expected an output to go on", "output_token_ids")
+        return state
 
     def check_room(self, request_id: str, num_pending: int = 0) -> None:
         """Raise if `enqueue` must not follow: the id is in use, or too many requests wait, `num_pending` besides."""
@@ -130,9 +149,34 @@ class LLMEngine:
         if num_waiting >= self.config.max_num_waiting:
             raise QueueFullError(f"{num_waiting} requests are waiting, the most that may (max_num_waiting)")
 
-    def enqueue(self, source: EngineRequest, grammar: GrammarState | None) -> None:
-        """Queue a request that `validate` and `check_room` passed, with what `start_grammar` returned for it."""
-        request = Request(source, self.eos_token_ids, self.max_model_len, grammar)
+    def find_adapter(self, name: str) -> AdapterHandle | None:
+        """What `enqueue` needs to know about the adapter of a request; None for no name. Safe to call from any thread.
+
+        Raises:
+            RequestError: there is no such adapter, or it cannot be used.
+            QueueFullError: as many adapters as may be in memory are in use.
+        """
+        return self._registry().find(name) if name else None
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Make an adapter known under a name, until `unload_adapter`. See AdapterRegistry.load."""
+        self._registry().load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter that no request uses. See AdapterRegistry.unload."""
+        self._scheduler.adapter_places.drop(self._registry().unload(name))
+
+    def adapter_names(self) -> list[str]:
+        """Of the adapters that requests can name. Safe to call from any thread."""
+        return [] if self._adapters is None else self._adapters.names()
+
+    def enqueue(
+        self, source: EngineRequest, grammar: GrammarState | None, adapter: AdapterHandle | None = None
+    ) -> None:
+        """Queue a request that `validate` and `check_room` passed, with what `start_grammar` and `find_adapter` say."""
+        request = Request(source, self.eos_token_ids, self.max_model_len, grammar, adapter)
+        if adapter is not None:
+            adapter.num_requests += 1
         self._requests[request.request_id] = request
         self._scheduler.add(request)
 
@@ -232,6 +276,26 @@ class LLMEngine:
             bad = next(token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size)
             raise RequestError(f"{param} has token id {bad}, expected 0 to {self.vocab_size - 1}", param)
 
+    def _check_output(self, source: EngineRequest) -> None:
+        """The output so far must be one that goes on."""
+        output, params = source.output_token_ids, source.params
+        self._check_token_ids(output, "output_token_ids")
+        room = self.max_model_len - len(source.prompt_token_ids)
+        most = room if params.max_tokens is None else params.max_tokens
+        if len(output) >= most:
+            raise RequestError(
+                f"output_token_ids has {len(output)} tokens, expected fewer than the {most} that may come",
+                "output_token_ids",
+            )
+        ends = set(params.stop_token_ids).union(() if params.ignore_eos else self.eos_token_ids)
+        if not ends.isdisjoint(output):
+            bad = next(token_id for token_id in output if token_id in ends)
+            raise RequestError(f"output_token_ids has token id {bad}, which ends the output", "output_token_ids")
+        if params.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs is set for a request that goes on; they came with its first token", "prompt_logprobs"
+            )
+
     def _check_a_token_is_possible(self, params: SamplingParams) -> None:
         """Before `min_tokens` the ids that end the output are banned, and other ids may not be allowed."""
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)}
@@ -317,7 +381,14 @@ class LLMEngine:
             timings=request.timings() if request.num_output_tokens == len(token_ids) else None,
         )
 
+    def _registry(self) -> AdapterRegistry:
+        if self._adapters is None:
+            raise RequestError("the engine has no room for adapters, expected max_loras of at least 1", "adapter")
+        return self._adapters
+
     def _forget(self, request: Request) -> None:
+        if request.adapter is not None:
+            request.adapter.num_requests -= 1
         del self._requests[request.request_id]
         self._finished[request.request_id] = request.state()
         if len(self._finished) > NUM_FINISHED_STATES:

@@ -10,6 +10,7 @@ import msgspec
 
 from engine.errors import RequestError
 from engine.grammar import GrammarState
+from engine.lora.handle import AdapterHandle
 
 MAX_LOGPROBS = 20
 MAX_LOGPROB_TOKEN_IDS = 128
@@ -152,6 +153,13 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Lower runs first; equal ones run in the order they arrived."""
     cache_salt: str = ""
     """Prefix-cache blocks are shared only between requests with the same salt."""
+    adapter: str = ""
+    """Name of a LoRA adapter; empty: the model as it is."""
+    output_token_ids: list[int] = []
+    """What the request has produced already, on an engine with the same model: this one goes on after it as if it had
+    made it. Whatever counts or looks at output tokens includes these; outputs have the new ones only. Sampled tokens
+    are the same as without the change if `params.seed` is set. `params.prompt_logprobs` must be None: they were told
+    with the first token."""
 
 
 class RequestStatus(StrEnum):
@@ -235,6 +243,14 @@ class RequestState(msgspec.Struct, frozen=True):
     finish_time: float | None
 
 
+def prefix_salt(cache_salt: str, adapter: str) -> str:
+    """What keys of the prefix cache begin with: other adapters make other keys and values of the same tokens.
+
+    No two pairs give the same, whatever a client chooses as its salt.
+    """
+    return f"\0{adapter}\0{cache_salt}" if adapter or cache_salt.startswith("\0") else cache_salt
+
+
 class Request:
     """One request inside the engine.
 
@@ -249,7 +265,7 @@ class Request:
         "stop_token_ids", "num_pending_tokens", "num_computed_tokens", "block_table", "block_keys",
         "num_shared_blocks", "slot", "num_cached_tokens", "num_preemptions", "running", "finish_reason",
         "stop_token_id", "error", "prompt_logprobs", "arrival_time", "arrival_index", "first_scheduled_time",
-        "first_token_time", "finish_time", "grammar",
+        "first_token_time", "finish_time", "grammar", "adapter", "adapter_place",
     )  # fmt: skip
 
     def __init__(
@@ -258,15 +274,17 @@ class Request:
         eos_token_ids: Sequence[int],
         max_model_len: int,
         grammar: GrammarState | None = None,
+        adapter: AdapterHandle | None = None,
     ) -> None:
         params = source.params
         self.request_id = source.request_id
         self.params = params
         self.priority = source.priority
-        self.cache_salt = source.cache_salt
+        self.cache_salt = prefix_salt(source.cache_salt, adapter.salt_name if adapter is not None else "")
         self.seed = random.getrandbits(64) if params.seed is None else params.seed % 2**64
         self.token_ids = list(source.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.token_ids += source.output_token_ids
         room = max_model_len - self.num_prompt_tokens
         self.max_num_tokens = self.num_prompt_tokens + min(room, params.max_tokens or room)
         own = () if params.ignore_eos else eos_token_ids
@@ -292,7 +310,10 @@ class Request:
         self.first_token_time: float | None = None
         self.finish_time: float | None = None
         self.grammar = grammar
-        """Where the output is in its grammar. Knows the tokens in `token_ids`, not the pending ones."""
+        """Where the output is in its grammar. Knows the output in `token_ids`, not the pending token."""
+        self.adapter = adapter
+        self.adapter_place = 0
+        """Where its adapter is on the device while it runs; 0: it has none."""
 
     @property
     def num_tokens(self) -> int:

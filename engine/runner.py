@@ -15,9 +15,11 @@ from engine.device import choose_device, choose_dtype, choose_kv_cache_dtype, kv
 from engine.errors import ConfigError
 from engine.kv_cache import KvCacheSpec, clear_blocks
 from engine.layers.rotary import build_cos_sin
+from engine.lora.device import DeviceAdapters
 from engine.model_config import ModelConfig
 from engine.models.registry import find_model
 from engine.outcome import LaunchedStep, PromptPart
+from engine.parallel.group import TensorParallel
 from engine.request import EngineRequest, Request, SamplingParams
 from engine.sampling.batch import SampledTokens, SamplingBatch
 from engine.sampling.logprobs import gather_logprobs
@@ -71,7 +73,7 @@ class ModelRunner:
             model_config, config.block_size, self._staging, self.dtype, cache_dtype, config.attention_backend
         )
         with torch.device("meta"):
-            self.model = find_model(model_config.architectures)(model_config, self.backend)
+            self.model = find_model(model_config.architectures)(model_config, self.backend, TensorParallel())
         checkpoint: Checkpoint = (
             DummyCheckpoint(self.model, self.device, self.dtype)
             if config.load_format == "dummy"
@@ -81,6 +83,11 @@ class ModelRunner:
         if quantization is not None:
             checkpoint = quantize(self.model, checkpoint, quantization, self.device)
         load_weights(self.model, checkpoint, self.device, self.dtype, config.show_progress)
+        self.adapters: DeviceAdapters | None = None
+        if config.max_loras:
+            self.adapters = DeviceAdapters(
+                self.model, config.max_loras, config.max_lora_rank, config.max_num_seqs, self._staging, self.dtype
+            )
 
         longest = config.max_model_len or model_config.context_length
         if model_config.sliding_window is not None and longest > model_config.sliding_window:
@@ -126,11 +133,15 @@ class ModelRunner:
         for request in step.admitted:
             self._tables.admit(request)
             self._sampling.set_row(request.slot, request)
+            if self.adapters is not None:
+                self.adapters.admit(request)
         for request in step.grown:
             self._tables.grow(request)
         for request, guesses in step.guesses.items():
             self._tables.guess(request, guesses)
         self._tables.flush()
+        if self.adapters is not None:
+            self.adapters.flush()
         batch = self._tables.build(step)
         if self.graphs is not None and batch.is_decode:
             return LaunchedStep(*self._decode_by_graph(self.graphs, batch, before_masks))
@@ -155,6 +166,8 @@ class ModelRunner:
             slots, positions: int64 [batch].
             settings: float64 [batch, 5], see `sample_tokens`.
         """
+        if self.adapters is not None:
+            self.adapters.begin(slots)
         block_tables = self._tables.block_table.index_select(0, slots)
         step = StepInputs(
             input_ids=self._tables.input_ids(slots, positions),
@@ -172,6 +185,8 @@ class ModelRunner:
 
         Beside the engine's steps: the text's keys and values are in memory of their own, and are forgotten.
         """
+        if self.adapters is not None:
+            self.adapters.begin_without()
         ids = torch.tensor(token_ids)
         logits = torch.empty(len(ids), self._sampling.vocab_size)
         num_blocks = -(-len(ids) // self.block_size)
@@ -257,6 +272,8 @@ class ModelRunner:
 
     def _to_device(self, batch: HostBatch) -> StepInputs:
         slots, positions, request_slots = self._staging.send(batch.row_slots, batch.positions, batch.request_slots)
+        if self.adapters is not None:
+            self.adapters.begin(slots, batch.request_slots)
         max_blocks = -(-int(batch.context_lens.max()) // self.block_size)
         block_tables = self._tables.block_table[:, :max_blocks].index_select(0, request_slots)
         return StepInputs(

@@ -19,6 +19,7 @@ from enum import StrEnum
 import numpy as np
 
 from engine.block_pool import BlockPool, extend_block_keys
+from engine.lora.handle import AdapterPlaces
 from engine.request import FinishReason, Request
 from engine.speculation import look_up
 
@@ -55,6 +56,8 @@ class WaitingFor(StrEnum):
     """As many requests run as may (`max_num_seqs`)."""
     BLOCKS = "blocks"
     """There are too few KV blocks for it, or will be before the running requests end."""
+    ADAPTERS = "adapters"
+    """Running requests use as many other adapters as may be (`max_loras`)."""
 
 
 @dataclass(slots=True)
@@ -84,6 +87,7 @@ class Scheduler:
         max_num_batched_tokens: most tokens in a step.
         watermark: fraction of blocks that the expected need of the running set must leave free.
         num_speculative_tokens: most guesses for a request in a step. With any, steps must not overlap.
+        max_loras: most adapters of running requests.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         watermark: float = 0.01,
         num_speculative_tokens: int = 0,
+        max_loras: int = 0,
     ) -> None:
         self.pool = pool
         self.block_size = block_size
@@ -108,6 +113,7 @@ class Scheduler:
         """What the first waiting request lacked in the last step, if one waits."""
         self.counters = SchedulerCounters()
         self._block_limit = pool.num_blocks - int(watermark * pool.num_blocks)
+        self.adapter_places = AdapterPlaces(max_loras)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._num_arrivals = 0
         self._expected_output = FIRST_EXPECTED_OUTPUT
@@ -121,7 +127,7 @@ class Scheduler:
         """Queue a new request."""
         request.arrival_index = self._num_arrivals
         self._num_arrivals += 1
-        self.counters.num_prompt_tokens += request.num_prompt_tokens
+        self.counters.num_prompt_tokens += request.num_tokens
         self._queue(request)
 
     def finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
@@ -291,6 +297,8 @@ class Scheduler:
             num_missing = -(-(num_computed + num_new) // self.block_size) - len(prefix)
             if num_missing + num_unowned > self.pool.num_available:
                 return WaitingFor.BLOCKS
+            if not self._pin_adapter(request):
+                return WaitingFor.ADAPTERS
             self._unqueue(0)
             self._admit(request, prefix, num_shared, num_missing)
             if forecast:
@@ -317,11 +325,17 @@ class Scheduler:
         request.num_computed_tokens = len(prefix) * self.block_size
         if request.first_scheduled_time is None:
             request.first_scheduled_time = time.monotonic()
-            request.num_cached_tokens = request.num_computed_tokens
+            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
             self.counters.num_cached_prompt_tokens += request.num_computed_tokens
         request.slot = self._free_slots.pop()
         request.running = True
         self.running.append(request)
+
+    def _pin_adapter(self, request: Request) -> bool:
+        """Whether the request's adapter is on the device. Where others take all places, it waits in line for one."""
+        if request.adapter is not None:
+            request.adapter_place = self.adapter_places.pin(request.adapter)
+        return request.adapter is None or request.adapter_place > 0
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -340,6 +354,9 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.pool.release(request.block_table)
         self._free_slots.append(request.slot)
+        if request.adapter is not None:
+            self.adapter_places.unpin(request.adapter)
+            request.adapter_place = 0
         request.block_table = []
         request.num_computed_tokens = 0
         request.slot = -1

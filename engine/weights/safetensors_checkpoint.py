@@ -51,22 +51,25 @@ class SafetensorsCheckpoint:
     Args:
         directory: holds `model.safetensors`, or `model.safetensors.index.json` and the shards it names. Where both
             are there the single file is used.
+        single: another name for the single file, which then has no shards.
 
     Raises:
         CheckpointError: a file is missing, damaged, or not what the index says.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, single: str = _SINGLE) -> None:
         self._directory = directory
         self._mapped: tuple[str, Any] | None = None
         self.tensors: dict[str, TensorInfo] = {}
         """Every tensor by name, shard by shard and by offset within the shard; from the headers only."""
-        if os.path.isfile(directory / _SINGLE):
-            self.tensors.update(_read_header(directory / _SINGLE))
+        if os.path.isfile(directory / single):
+            self.tensors.update(_read_header(directory / single))
+        elif single != _SINGLE:
+            raise CheckpointError(_nothing_found(directory, single))
         elif os.path.isfile(directory / _INDEX):
             self._add_shards(read_index(directory / _INDEX, ".safetensors"))
         else:
-            raise CheckpointError(_nothing_found(directory))
+            raise CheckpointError(_nothing_found(directory, f"{_SINGLE} or {_INDEX}"))
         self._last_in_file = {info.file: name for name, info in self.tensors.items()}
 
     @property
@@ -121,13 +124,13 @@ class SafetensorsCheckpoint:
                 )
 
 
-def _nothing_found(directory: Path) -> str:
+def _nothing_found(directory: Path, expected: str) -> str:
     try:
         found = sorted(entry.name for entry in directory.iterdir())
     except OSError as error:
         return f"{directory}: cannot be read as a checkpoint directory: {error.strerror}"
     some = ", ".join(shown(name) for name in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-    return f"{directory}: expected {_SINGLE} or {_INDEX}, found {some or 'no files'}"
+    return f"{directory}: expected {expected}, found {some or 'no files'}"
 
 
 def _described(shape: tuple[int, ...], dtype: torch.dtype) -> str:

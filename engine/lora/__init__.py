@@ -1,0 +1,1 @@
+"""LoRA adapters: read from PEFT's folders, kept in host memory, put into one of a few places on the device."""
