@@ -16,6 +16,11 @@ class Caller:
 
     Args:
         key: its configuration; None for everybody.
+
+    Attributes:
+        name: of the key; empty for everybody.
+        num_tokens: of all its prompts and outputs.
+        num_refused: requests that its limits refused, by reason.
     """
 
     def __init__(self, key: ApiKey | None = None) -> None:
@@ -23,7 +28,10 @@ class Caller:
         self._cache = "" if key is None or key.shares_prefix_cache else key.name
         self._most_requests = key.max_concurrent_requests if key is not None else None
         self._rate = RateLimit(key.requests_per_minute) if key is not None and key.requests_per_minute else None
+        self._token_rate = RateLimit(key.tokens_per_minute) if key is not None and key.tokens_per_minute else None
         self._num_requests = 0
+        self.num_tokens = 0
+        self.num_refused = {"concurrent_requests": 0, "requests_per_minute": 0, "tokens_per_minute": 0}
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -33,15 +41,32 @@ class Caller:
             ApiError: 429, the key's limits do not allow another one now.
         """
         if self._most_requests is not None and self._num_requests >= self._most_requests:
+            self.num_refused["concurrent_requests"] += 1
             raise overloaded(f"the API key {self.name!r} has {self._num_requests} requests open, the most it may have")
-        if self._rate is not None and (wait_s := self._rate.take()) > 0:
-            message = f"the API key {self.name!r} may send {self._rate.per_minute} requests a minute"
-            raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=math.ceil(wait_s))
+        if self._rate is not None:
+            if (wait_s := self._rate.wait_s(1)) > 0:
+                self.num_refused["requests_per_minute"] += 1
+                message = f"the API key {self.name!r} may send {self._rate.per_minute} requests a minute"
+                raise overloaded(message, math.ceil(wait_s))
+            self._rate.take(1)
         self._num_requests += 1
         try:
             yield
         finally:
             self._num_requests -= 1
+
+    def check_tokens(self, num_tokens: int) -> None:
+        """Raise ApiError 429 if the key's limit does not allow a prompt of so many tokens now."""
+        if self._token_rate is not None and (wait_s := self._token_rate.wait_s(num_tokens)) > 0:
+            self.num_refused["tokens_per_minute"] += 1
+            message = f"the API key {self.name!r} may use {self._token_rate.per_minute} tokens a minute"
+            raise overloaded(message, math.ceil(wait_s))
+
+    def take_tokens(self, num_tokens: int) -> None:
+        """Count tokens of a prompt or an output. What goes beyond the limit is missing from the next minute's."""
+        if self._token_rate is not None:
+            self._token_rate.take(num_tokens)
+        self.num_tokens += num_tokens
 
     def cache_salt(self, wanted: str) -> str:
         """The salt of this caller's prefix cache, inside of which a request may want a part of its own.
@@ -59,16 +84,17 @@ class RateLimit:
         self._available = float(per_minute)
         self._updated = time.monotonic()
 
-    def take(self) -> float:
-        """Take one. Returns 0, or the seconds until there is one again."""
+    def wait_s(self, number: int) -> float:
+        """The seconds until so many can be had, 0 if they can now. More than there can ever be count as all of it."""
         now = time.monotonic()
         per_s = self.per_minute / 60
         self._available = min(float(self.per_minute), self._available + (now - self._updated) * per_s)
         self._updated = now
-        if self._available < 1:
-            return (1 - self._available) / per_s
-        self._available -= 1
-        return 0.0
+        return max(0.0, min(number, self.per_minute) - self._available) / per_s
+
+    def take(self, number: int) -> None:
+        """Take so many. What is not there has to come in before there is any again."""
+        self._available -= number
 
 
 class ApiKeys:

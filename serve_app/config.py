@@ -28,6 +28,13 @@ class Limits(_Settings):
     grammar_compile_s: float = Field(2.0, gt=0, le=60, description="most CPU seconds that a grammar takes to compile")
 
 
+class AdmissionConfig(_Settings):
+    """How much may wait in each ingress process; less does where it could not keep the promised time to first token."""
+
+    max_queued_requests: int = Field(1024, ge=1, description="most requests that wait in an ingress process")
+    max_queued_tokens: int = Field(2**20, ge=1, description="most prompt tokens of all that wait there")
+
+
 class ApiKey(_Settings):
     """A key that requests may carry. Its limits hold in each ingress process."""
 
@@ -36,6 +43,9 @@ class ApiKey(_Settings):
     max_concurrent_requests: int | None = Field(None, ge=1, description="most requests at a time; None: no limit")
     requests_per_minute: int | None = Field(
         None, ge=1, description="requests that a minute allows, as many at once; None: no limit"
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="tokens of prompts and outputs that a minute allows, as many at once; None: no limit"
     )
     shares_prefix_cache: bool = Field(
         False, description="use the prefix cache together with all keys that say so, instead of one of its own"
@@ -58,7 +68,9 @@ class DefaultSamplingParams(_Settings):
 class Slo(_Settings):
     """What the service promises its clients: metrics, dashboards and alerts hold requests against it."""
 
-    ttft_s: float = Field(2.0, gt=0, description="most seconds to the first token of a request")
+    ttft_s: float = Field(
+        2.0, gt=0, description="most seconds to the first token of a request; those that would take longer are refused"
+    )
     tpot_s: float = Field(0.2, gt=0, description="most seconds for each token after it, on average over a request")
     ratio: float = Field(0.99, gt=0, lt=1, description="share of the requests that shall meet both")
 
@@ -84,12 +96,14 @@ class ServiceConfig(_Settings):
     )
     default_sampling_params: DefaultSamplingParams = DefaultSamplingParams()
     limits: Limits = Limits()
+    admission: AdmissionConfig = AdmissionConfig()
     api_keys: tuple[ApiKey, ...] = Field((), description="keys that may come in; without any, everybody may")
     slo: Slo = Slo()
     tracing: Tracing | None = Field(None, description="tracing of requests; None: off")
     cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/*\s]+)$")], ...] = Field(
         (), description="web pages whose scripts may call this, as in `https://example.com`; `*` is all of them"
     )
+    playground: bool = Field(True, description="serve the web page at `/`: a chat to try things, and the fleet's state")
 
     @field_validator("api_keys")
     @classmethod

@@ -13,8 +13,12 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from engine.request import EngineRequest
+from serve_app.admission import Admission, entry_of
+from serve_app.auth import Caller
 from serve_app.config import ServiceConfig
 from serve_app.engine_client import EngineClient
+from serve_app.fleet import fleet_of
 from serve_app.gate import caller_of
 from serve_app.grammar_checker import GrammarChecker
 from serve_app.http import EventStream, parse_body, read_body, unless_disconnected
@@ -53,6 +57,9 @@ class Ingress:
     async def __init__(self, config: ServiceConfig, engine: DeploymentHandle) -> None:  # type: ignore[misc]  # awaited
         self._config = config
         self._client = EngineClient(engine)
+        self.admission = Admission(
+            config.admission, config.slo.ttft_s, fleet_of(engine.app_name, engine.deployment_name)
+        )
         self._grammars = GrammarChecker(config.limits)
         self._encoder = msgspec.json.Encoder()
         self._served: ServedModel | None = None
@@ -109,7 +116,8 @@ class Ingress:
             msgspec.structs.replace(each, cache_salt=caller.cache_salt(each.cache_salt)) for each in endpoint.requests
         ]
         generation = Generation(self._client, served.tokenizer, requests, endpoint.text_options, endpoint.prompt_tokens)
-        deltas = meter_of(request).watch(generation.deltas(), requests, generation.usage)
+        admitted = self._admitted(caller, requests, generation)
+        deltas = meter_of(request).watch(admitted, requests, generation.usage)
         if not endpoint.stream:
             return await unless_disconnected(request, self._whole(endpoint, generation, deltas))
         try:
@@ -133,9 +141,21 @@ class Ingress:
             return await asyncio.to_thread(lambda: make(parse_body(raw, body), served))
         return make(parse_body(raw, body), served)
 
-    async def _whole(
-        self, endpoint: Endpoint, generation: Generation, deltas: AsyncGenerator[Delta, None]
-    ) -> Response:
+    async def _admitted(
+        self, caller: Caller, requests: list[EngineRequest], generation: Generation
+    ) -> AsyncGenerator[Delta, None]:
+        """The deltas of a request, once its turn has come. Raises ApiError 429 if it does not come soon enough."""
+        prompt_tokens = generation.usage.prompt_tokens
+        caller.check_tokens(prompt_tokens)
+        entry = entry_of(caller.name, requests, prompt_tokens)
+        async with self.admission.admitted(entry), aclosing(generation.deltas()) as deltas:
+            caller.take_tokens(prompt_tokens)
+            async for delta in deltas:
+                self.admission.received(entry, len(delta.token_ids))
+                caller.take_tokens(len(delta.token_ids))
+                yield delta
+
+    async def _whole(self, endpoint: Endpoint, generation: Generation, deltas: AsyncGenerator[Delta, None]) -> Response:
         async with aclosing(deltas):
             found = [delta async for delta in deltas]
         return self._json(endpoint.whole(found, generation.usage))

@@ -51,9 +51,9 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
     return ApiError(400, message, param=param, code=code)
 
 
-def overloaded(message: str = "too many requests are waiting; try again later") -> ApiError:
+def overloaded(message: str = "too many requests are waiting; try again later", retry_after_s: int = 1) -> ApiError:
     """A 429 with Retry-After."""
-    return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=1)
+    return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=retry_after_s)
 
 
 def unavailable(message: str = "no replica of the model is ready; try again later") -> ApiError:
