@@ -125,7 +125,7 @@ class AsyncEngine:
                 self.drop(request.request_id)
 
     async def submit(self, request: EngineRequest, sink: Callable[[RequestOutput], None]) -> None:
-        """Queue a request whose outputs go to `sink`: called in the event loop, last with the one that has a finish reason.
+        """Queue a request. Its outputs go to `sink`, in the event loop; the last one has the finish reason.
 
         Raises:
             RequestError, QueueFullError, EngineDeadError: see `generate`.

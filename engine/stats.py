@@ -32,6 +32,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_finished: dict[FinishReason, int]
     """Requests that ended, by reason; every reason is there."""
     num_prompt_tokens: int
+    """Tokens that requests came with: prompts, and what continued ones had produced elsewhere."""
     num_cached_prompt_tokens: int
     num_generated_tokens: int
     num_guessed_tokens: int
