@@ -28,6 +28,7 @@ from serve_app.openai.protocol import ChatBody
 from serve_app.openai.responses import Responses
 from serve_app.openai.responses_protocol import ResponsesBody
 from serve_app.openai.tokenize import DetokenizeBody, TokenizeBody, detokenize, tokenize
+from serve_app.static_files import add_page
 
 EndpointClass = Callable[[Any, ServedModel], Endpoint]
 Conversion = Callable[[Any, ServedModel], dict[str, Any]]
@@ -62,7 +63,10 @@ class Service(Protocol):
 
 
 def build_http_app(service: Service, config: ServiceConfig) -> FastAPI:
-    """The application. Every route but /health is closed to those without a key, where there are keys."""
+    """The application.
+
+    Where there are keys, every route is closed to those without one, but for /health and the files of the web page.
+    """
     app = FastAPI(
         title="qwen3-serve",
         version=version("qwen3-serve"),
@@ -73,6 +77,8 @@ def build_http_app(service: Service, config: ServiceConfig) -> FastAPI:
     )
     app.add_api_route("/health", service.health, methods=["GET"])
     open_routes = [app.routes[-1]]
+    if config.playground:
+        open_routes += add_page(app)
     app.add_api_route("/version", service.version, methods=["GET"])
     app.add_api_route("/metrics", service.all_metrics, methods=["GET"])
     app.add_api_route("/v1/models", service.models, methods=["GET"])

@@ -18,6 +18,7 @@ from serve_app.gate import caller_of
 from serve_app.metrics.ingress import IngressMetrics
 from serve_app.openai.errors import ApiError
 from serve_app.routes import CONVERTING, GENERATING, build_http_app
+from serve_app.static_files import FOLDER
 
 Headers = list[tuple[bytes, bytes]]
 ALICE: Headers = [(b"authorization", b"Bearer alices-key")]
@@ -92,15 +93,17 @@ async def send(
     return answer
 
 
-async def test_no_route_but_health_is_open_to_strangers():
+async def test_no_route_but_health_and_the_web_pages_files_is_open_to_strangers():
     guarded = app(key())
+    names = [path.name for path in FOLDER.iterdir() if path.name != "index.html"]
+    opened = {("GET", path) for path in ("/", "/health", *(f"/playground/{name}" for name in names))}
     methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY", "TRACE")
     paths = {route.path.replace("{name:path}", "demo") for route in guarded.routes}
     assert paths >= {"/openapi.json", "/v1/models", "/v1/models/demo", *GENERATING, *CONVERTING}
     for path in (*paths, "/", "/nothing"):
         for method in methods:
             found = await send(guarded, method, path)
-            if (method, path) == ("GET", "/health"):
+            if (method, path) in opened:
                 assert found.status == 200
                 continue
             assert found.status == 401, (method, path)

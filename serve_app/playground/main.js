@@ -1,0 +1,101 @@
+// Puts the page together: the bar, the two views, the settings.
+
+import { ApiError, getJson } from "./api.js";
+import { Chat } from "./chat.js";
+import { byId, element } from "./dom.js";
+import { Fleet } from "./fleet.js";
+import { prepareRequestDialog } from "./request_dialog.js";
+import { Settings } from "./settings.js";
+
+const RETRY_MS = 2000;
+const THEMES = ["auto", "light", "dark"];
+
+let models = [];
+
+const settings = new Settings(() => loadModels());
+const fleet = new Fleet();
+const chat = new Chat(
+  settings,
+  { name: () => byId("model").value && models.length ? byId("model").value : "", maxLength: () => chosen()?.max_model_len ?? 0 },
+  askForKey,
+);
+
+function chosen() {
+  return models.find((model) => model.id === byId("model").value);
+}
+
+async function loadModels() {
+  try {
+    models = (await getJson("v1/models")).data;
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+    const isKey = error.status === 401;
+    byId("model").replaceChildren(element("option", { value: "" }, isKey ? "needs a key" : "no model yet"));
+    if (isKey) askForKey();
+    else setTimeout(loadModels, (error.retryAfter ?? 0) * 1000 || RETRY_MS);
+    return;
+  }
+  byId("model").replaceChildren(...models.map((model) => element("option", { value: model.id }, model.id)));
+  byId("model").disabled = models.length < 2;
+  settings.showDefaults(chosen()?.default_sampling_params);
+}
+
+function askForKey() {
+  showSettings(true);
+  byId("api-key").focus();
+}
+
+function showSettings(isShown) {
+  byId("settings").hidden = !isShown;
+  byId("toggle-settings").setAttribute("aria-expanded", String(isShown));
+}
+
+function showView(name) {
+  for (const view of ["chat", "fleet"]) {
+    byId(view).hidden = view !== name;
+    byId(`show-${view}`).setAttribute("aria-pressed", String(view === name));
+  }
+  byId("toggle-settings").disabled = name === "fleet" && byId("settings").hidden;
+  fleet.watch(name === "fleet");
+}
+
+function showTheme() {
+  const theme = document.documentElement.dataset.theme ?? "auto";
+  byId("theme").textContent = { auto: "Auto", light: "Light", dark: "Dark" }[theme];
+  byId("theme").setAttribute("aria-label", `Colours: ${theme}. Change`);
+}
+
+function nextTheme() {
+  const root = document.documentElement;
+  const theme = THEMES[(THEMES.indexOf(root.dataset.theme ?? "auto") + 1) % THEMES.length];
+  if (theme === "auto") delete root.dataset.theme;
+  else root.dataset.theme = theme;
+  localStorage.setItem("theme", theme);
+  showTheme();
+}
+
+byId("model").addEventListener("change", () => settings.showDefaults(chosen()?.default_sampling_params));
+byId("show-chat").addEventListener("click", () => showView("chat"));
+byId("show-fleet").addEventListener("click", () => showView("fleet"));
+byId("theme").addEventListener("click", nextTheme);
+byId("toggle-settings").addEventListener("click", () => {
+  const isShown = byId("settings").hidden;
+  showSettings(isShown);
+  if (isShown) byId("close-settings").focus();
+});
+byId("close-settings").addEventListener("click", () => {
+  showSettings(false);
+  byId("toggle-settings").focus();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  if (chat.stop() || byId("settings").hidden) return;
+  showSettings(false);
+  byId("toggle-settings").focus();
+});
+
+prepareRequestDialog();
+showTheme();
+settings.showDefaults();
+loadModels();
+byId("prompt").focus();
