@@ -31,6 +31,8 @@ KV_FULL = 0.95
 """From this share of its KV cache on, a replica seems slower in proportion to what it is asked to hold."""
 TIE_S, TIE_SHARE = 0.005, 0.05
 """Predictions so close (seconds, or share of the best one) are equal: more exact they are not."""
+RECOMPUTE_SHARE = 1.0
+"""What computing a prompt costs those who come after it and the cache, as a share of the time that it takes."""
 MISS_MEMORY = 100
 """Requests over which the share of prompt tokens that no cache held is averaged."""
 
@@ -82,6 +84,9 @@ class Candidate(msgspec.Struct, frozen=True):
     replica_id: str
     num_cached_tokens: int
     ttft_s: float
+    """Predicted time to the first token."""
+    cost_s: float
+    """The same and what it costs others: the least is the best."""
 
 
 @dataclass(slots=True)
@@ -97,7 +102,7 @@ class PlacementCounters:
     """From the placement on."""
 
 
-_TTFT = attrgetter("ttft_s")
+_COST = attrgetter("cost_s")
 
 
 class _InFlight(NamedTuple):
@@ -182,10 +187,10 @@ class Placement:
         typical = self._typical_rate(replicas)
         keys = prompt.keys[::-1]
         found = [self._predict(prompt, keys, name, state, typical, now_s) for name, state in replicas.items()]
-        found.sort(key=_TTFT)
+        found.sort(key=_COST)
         if found:
-            limit_s = found[0].ttft_s * (1 + TIE_SHARE) + TIE_S
-            equal = list(takewhile(lambda candidate: candidate.ttft_s <= limit_s, found))
+            limit_s = found[0].cost_s * (1 + TIE_SHARE) + TIE_S
+            equal = list(takewhile(lambda candidate: candidate.cost_s <= limit_s, found))
             longest = max(candidate.num_cached_tokens for candidate in equal)
             best = self._random.choice([each for each in equal if each.num_cached_tokens == longest])
             found.remove(best)
@@ -271,12 +276,14 @@ class Placement:
             ahead = queue.num_waiting_tokens(num_waiting_tokens, since_s, self._miss_share)
         # The last token is always computed: its logits are wanted.
         num_cached = min(num_blocks * prompt.block_size, prompt.num_tokens - 1)
-        num_tokens = load.num_prefill_tokens + ahead + prompt.num_tokens - num_cached
+        uncached = prompt.num_tokens - num_cached
+        num_tokens = load.num_prefill_tokens + ahead + uncached
         in_use = 1 - (load.num_free_blocks - num_tokens / prompt.block_size) / load.num_blocks
         full_s = KV_S * in_use / (1 - min(in_use, KV_FULL))
         silent_s = max(0.0, now_s - state.updated_s - QUIET_S - 2 * step_s)
-        ttft_s = num_tokens / (load.prefill_tokens_per_s or typical_rate) + full_s + silent_s
-        return Candidate(replica_id, num_cached, ttft_s)
+        rate = load.prefill_tokens_per_s or typical_rate
+        ttft_s = num_tokens / rate + full_s + silent_s
+        return Candidate(replica_id, num_cached, ttft_s, ttft_s + RECOMPUTE_SHARE * uncached / rate)
 
 
 def _num_prefix_blocks(keys: Sequence[bytes], stored: AbstractSet[bytes], expected: AbstractSet[bytes]) -> int:

@@ -33,6 +33,8 @@ class Outcome:
     arrival: Arrival
     first_token_s: float = math.inf
     finish_s: float = math.inf
+    num_cached_tokens: int = 0
+    """Prompt tokens that a prefix cache held."""
 
     @property
     def ttft_s(self) -> float:
@@ -135,19 +137,27 @@ class ModelledReplica:
             left -= part
         while left > 0 and self._waiting and self._has_room(self._waiting[0].arrival):
             outcome = self._waiting.popleft()
-            prompt = outcome.arrival.prompt_tokens
-            self.num_waiting_tokens -= prompt
-            self._reserved_tokens += prompt + outcome.arrival.output_tokens
-            self._kv_tokens += prompt
-            part = min(left, prompt)
-            self._prefilling.append([outcome, prompt - part])
+            self.num_waiting_tokens -= outcome.arrival.prompt_tokens
+            uncached = self._admit(outcome)
+            part = min(left, uncached)
+            self._prefilling.append([outcome, uncached - part])
             left -= part
         return budget - left
 
+    def _admit(self, outcome: Outcome) -> int:
+        """Give a request its room. Returns how many prompt tokens are to be computed."""
+        prompt = outcome.arrival.prompt_tokens
+        self._reserved_tokens += prompt + outcome.arrival.output_tokens
+        self._kv_tokens += prompt
+        return prompt
+
     def _has_room(self, arrival: Arrival) -> bool:
-        needed = self._reserved_tokens + arrival.prompt_tokens + arrival.output_tokens
-        fits = needed <= self._speed.num_blocks * self._speed.block_size or not self.num_running
+        fits = self._fits(arrival) or not self.num_running
         return arrival.time_s <= self._now_s and self.num_running < self._speed.max_num_seqs and fits
+
+    def _fits(self, arrival: Arrival) -> bool:
+        needed = self._reserved_tokens + arrival.prompt_tokens + arrival.output_tokens
+        return needed <= self._speed.num_blocks * self._speed.block_size
 
     def _take_step(self, prompt_tokens: int) -> None:
         """One step with prompt tokens in it."""
@@ -156,6 +166,7 @@ class ModelledReplica:
         while self._prefilling and not self._prefilling[0][1]:
             outcome = self._prefilling.popleft()[0]
             outcome.first_token_s = self._now_s
+            self._begin_output(outcome)
             self._num_started += 1
             last_step = self._num_steps + outcome.arrival.output_tokens - 1
             heappush(self._decoding, (last_step, self._num_started, outcome))
@@ -178,6 +189,13 @@ class ModelledReplica:
         while self._decoding and self._decoding[0][0] <= self._num_steps:
             outcome = heappop(self._decoding)[2]
             outcome.finish_s = self._now_s
-            tokens = outcome.arrival.prompt_tokens + outcome.arrival.output_tokens
-            self._reserved_tokens -= tokens
-            self._kv_tokens -= tokens - 1
+            self._release(outcome)
+
+    def _begin_output(self, outcome: Outcome) -> None:
+        """The prompt is computed: for a replica that keeps what it computed."""
+
+    def _release(self, outcome: Outcome) -> None:
+        """Take back the room of a request that has ended."""
+        tokens = outcome.arrival.prompt_tokens + outcome.arrival.output_tokens
+        self._reserved_tokens -= tokens
+        self._kv_tokens -= tokens - 1

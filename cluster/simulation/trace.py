@@ -1,16 +1,20 @@
 """Requests to replay: when they come, and how long prompt and output are."""
 
 import csv
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 SHIFT_S = 10.0
 """How far apart the copies of a request may be when a trace is multiplied."""
+MOONCAKE_BLOCK = 512
 STEP_S = 600.0
 """When the load of `step_up` rises."""
 
@@ -23,6 +27,8 @@ class Arrival:
     """Since the trace began."""
     prompt_tokens: int
     output_tokens: int
+    keys: tuple[bytes, ...] = ()
+    """Of the prompt's full blocks of MOONCAKE_BLOCK tokens: equal ones stand for equal text from the beginning on."""
 
 
 def read_azure_trace(path: Path) -> list[Arrival]:
@@ -45,6 +51,63 @@ def read_azure_trace(path: Path) -> list[Arrival]:
                 found.append(Arrival((time - start).total_seconds(), max(1, prompt), max(1, output)))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
+    return sorted(found)
+
+
+def read_mooncake_trace(path: Path) -> list[Arrival]:
+    """Read a file of the Mooncake traces (FAST'25). Requests of one timestamp are spread until the next timestamp.
+
+    Raises:
+        ValueError: the file is no such trace; the message names the line.
+    """
+    found: list[tuple[float, Arrival]] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                prompt, output = int(row["input_length"]), max(1, int(row["output_length"]))
+                keys = tuple(int(each).to_bytes(8, "big") for each in row["hash_ids"][: prompt // MOONCAKE_BLOCK])
+                found.append((row["timestamp"] / 1000, Arrival(0.0, max(1, prompt), output, keys)))
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
+                raise ValueError(f"{path}, line {number}: {type(error).__name__} {error}") from None
+    found.sort(key=itemgetter(0))
+    groups = [(time_s, [each for _, each in group]) for time_s, group in groupby(found, key=itemgetter(0))]
+    ends = [time_s for time_s, _ in groups[1:]] + [groups[-1][0] + 1.0] if groups else []
+    return [
+        replace(each, time_s=time_s + (end_s - time_s) * index / len(group))
+        for (time_s, group), end_s in zip(groups, ends, strict=True)
+        for index, each in enumerate(group)
+    ]
+
+
+def synthetic_conversations(rate_per_s: float, duration_s: float, seed: int = 0) -> list[Arrival]:
+    """Conversations with lengths and reuse like those of Mooncake's conversation trace.
+
+    All share a system prompt of one block. Prompts have 7,000 tokens in the median and 12,000 on average; three in
+    eight prompt tokens are those of an earlier turn or the system prompt.
+
+    Args:
+        rate_per_s: first turns, which begin conversations of 1.6 turns on average, at Poisson times.
+        duration_s: of the trace; later turns are left out.
+        seed: of all draws.
+    """
+    source = random.Random(seed)
+    found = []
+    start_s = source.expovariate(rate_per_s)
+    while start_s < duration_s:
+        time_s, prompt = start_s, source.lognormvariate(math.log(5500), 1.15)
+        keys = [bytes(16)]
+        while time_s < duration_s:
+            num_tokens = min(120_000, max(100, round(prompt)))
+            while len(keys) < num_tokens // MOONCAKE_BLOCK:
+                keys.append(source.randbytes(16))
+            output = min(2_000, max(1, round(source.lognormvariate(math.log(300), 0.8))))
+            found.append(Arrival(time_s, num_tokens, output, tuple(keys[: num_tokens // MOONCAKE_BLOCK])))
+            if source.random() > 0.4:
+                break
+            time_s += 20 + source.expovariate(1 / 100)
+            prompt = num_tokens + output + source.lognormvariate(math.log(900), 1.2)
+        start_s += source.expovariate(rate_per_s)
     return sorted(found)
 
 
