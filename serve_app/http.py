@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from engine.request import RequestTimings
 from serve_app.openai.errors import ApiError, bad_request
 
 T = TypeVar("T")
@@ -111,6 +112,20 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def server_timing(timings: RequestTimings, elapsed_s: float) -> str:
+    """The Server-Timing header of a stream, as browsers' tools show it.
+
+    Args:
+        timings: the engine's.
+        elapsed_s: from the request's admission to its first token, on this side.
+
+    Returns:
+        In milliseconds, `prefill`: from the first step to the first token; `queue`: all before, here and in the engine.
+    """
+    queue_s = max(0.0, elapsed_s - timings.prefill_s)
+    return f"queue;dur={1000 * queue_s:.1f}, prefill;dur={1000 * timings.prefill_s:.1f}"
 
 
 class EventStream(Response):

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -21,7 +23,7 @@ from serve_app.engine_client import EngineClient
 from serve_app.fleet import fleet_of
 from serve_app.gate import caller_of
 from serve_app.grammar_checker import GrammarChecker
-from serve_app.http import EventStream, parse_body, read_body, unless_disconnected
+from serve_app.http import EventStream, parse_body, read_body, server_timing, unless_disconnected
 from serve_app.metrics.exposition import CONTENT_TYPE, FleetMetrics
 from serve_app.metrics.ingress import IngressMetrics
 from serve_app.metrics.process import Snapshot, samples_of
@@ -30,7 +32,9 @@ from serve_app.metrics.requests import meter_of
 from serve_app.openai.endpoint import Endpoint, ServedModel, check_model
 from serve_app.openai.errors import ApiError, internal_error, unavailable
 from serve_app.openai.generation import Delta, Generation
+from serve_app.ray_private import deployment_details
 from serve_app.routes import Conversion, EndpointClass, build_http_app
+from serve_app.status import Status
 from serve_app.terminal import announce
 
 T = TypeVar("T")
@@ -57,9 +61,10 @@ class Ingress:
     async def __init__(self, config: ServiceConfig, engine: DeploymentHandle) -> None:  # type: ignore[misc]  # awaited
         self._config = config
         self._client = EngineClient(engine)
-        self.admission = Admission(
-            config.admission, config.slo.ttft_s, fleet_of(engine.app_name, engine.deployment_name)
-        )
+        names = engine.app_name, engine.deployment_name
+        self._fleet = fleet_of(*names)
+        self._status = Status(partial(deployment_details, *names))
+        self.admission = Admission(config.admission, config.slo.ttft_s, self._fleet)
         self._grammars = GrammarChecker(config.limits)
         self._encoder = msgspec.json.Encoder()
         self._served: ServedModel | None = None
@@ -93,6 +98,12 @@ class Ingress:
         """Those of this one: a Snapshot (msgpack), for the ingress that answers /metrics."""
         return msgspec.msgpack.encode(Snapshot("ingress", self._id, samples_of(self.measured.registry)))
 
+    async def status(self) -> Response:
+        """The fleet as this process sees it."""
+        found = await self._status.of(self._fleet.replicas.values())
+        model = {"name": self._config.model_name, "num_queued": self.admission.queue.num_queued} | found
+        return self._json({"version": version("qwen3-serve"), "ingress": self._id, "models": [model]})
+
     async def models(self) -> Response:
         return self._json({"object": "list", "data": [self._model_card(self._model())]})
 
@@ -116,6 +127,7 @@ class Ingress:
             msgspec.structs.replace(each, cache_salt=caller.cache_salt(each.cache_salt)) for each in endpoint.requests
         ]
         generation = Generation(self._client, served.tokenizer, requests, endpoint.text_options, endpoint.prompt_tokens)
+        started_s = time.monotonic()
         admitted = self._admitted(caller, requests, generation)
         deltas = meter_of(request).watch(admitted, requests, generation.usage)
         if not endpoint.stream:
@@ -126,7 +138,10 @@ class Ingress:
         except BaseException:
             await deltas.aclose()
             raise
-        return EventStream(self._events(endpoint, generation, first, deltas))
+        stream = EventStream(self._events(endpoint, generation, first, deltas))
+        if first.timings is not None:
+            stream.headers["Server-Timing"] = server_timing(first.timings, time.monotonic() - started_s)
+        return stream
 
     async def check_health(self) -> None:
         """For Ray. Raises what kept the model from being read: this replica then never works."""

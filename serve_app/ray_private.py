@@ -83,3 +83,19 @@ async def stream_of(replica: RunningReplica, method_name: str, *args: Any) -> As
 def deployment_of(router: RequestRouter) -> tuple[str, str]:
     """The names of the application and of the deployment that a router belongs to."""
     return router._deployment_id.app_name, router._deployment_id.name
+
+
+async def deployment_details(app_name: str, deployment_name: str) -> dict[str, Any]:
+    """What Ray Serve's controller tells of a deployment: DeploymentDetails of ray.serve.schema, as a dict.
+
+    Empty if there is no such deployment (yet).
+
+    Raises:
+        RayError: the controller is lost.
+    """
+    client = serve_context._get_global_client()
+    if client is None:
+        return {}
+    details = await client._controller.get_serve_instance_details.remote()
+    applications = details.get("applications", {})
+    return applications.get(app_name, {}).get("deployments", {}).get(deployment_name, {})

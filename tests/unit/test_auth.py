@@ -39,7 +39,7 @@ class Behind:
     async def health(self) -> Response:
         return Response("behind the gate")
 
-    version = models = all_metrics = health
+    version = models = all_metrics = status = health
 
     async def model(self, name: str) -> Response:
         return Response(f"behind the gate, {name}")
