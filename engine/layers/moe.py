@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from engine.errors import CheckpointError
 from engine.model_config import ModelConfig
+from engine.parallel.group import TensorParallel
+from engine.parallel.share import Share, whole
 from kernels.fused_moe import fused_moe
 from kernels.linear import linear
 
@@ -26,15 +28,21 @@ class ExpertWeights(nn.Module):
 
     Args:
         num_experts: how many.
-        in_features: width of what they are multiplied with.
-        part_sizes: an expert's parts, one for each tensor of the checkpoint.
+        in_features: width of what they are multiplied with, or this rank's share of it.
+        part_sizes: an expert's parts, or shares of them, one for each tensor of the checkpoint.
     """
 
-    def __init__(self, num_experts: int, in_features: int, part_sizes: tuple[int, ...]) -> None:
+    def __init__(self, num_experts: int, in_features: int | Share, part_sizes: tuple[int | Share, ...]) -> None:
         super().__init__()
         self._num_experts = num_experts
-        self.output_sizes = part_sizes * num_experts
-        self.weight = nn.Parameter(torch.empty(sum(self.output_sizes), in_features), requires_grad=False)
+        self._inputs = whole(in_features)
+        self._parts = tuple(map(whole, part_sizes))
+        num_rows = num_experts * sum(part.size for part in self._parts)
+        self.weight = nn.Parameter(torch.empty(num_rows, self._inputs.size), requires_grad=False)
+
+    def shares(self, parameter: str) -> tuple[tuple[Share, ...], ...]:
+        """See `Linear.shares`."""
+        return tuple((part, self._inputs) for part in self._parts) * self._num_experts
 
     def stacked(self) -> Tensor:
         """[num_experts, out_features, in_features], a view."""
@@ -42,9 +50,12 @@ class ExpertWeights(nn.Module):
 
 
 class MoE(nn.Module):
-    """Each token goes to a few experts, which a router chooses, and gets the weighted sum of what they make of it."""
+    """Each token goes to a few experts, which a router chooses, and gets the weighted sum of what they make of it.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Every rank routes, and has a share of every expert's inner width: ranks have equal work however tokens are routed.
+    """
+
+    def __init__(self, config: ModelConfig, group: TensorParallel) -> None:
         super().__init__()
         if config.num_experts is None or config.moe_intermediate_size is None:
             raise CheckpointError("config.json: num_experts or moe_intermediate_size is missing for a model of experts")
@@ -55,14 +66,15 @@ class MoE(nn.Module):
             )
         self._top_k = config.num_experts_per_tok
         self._norm_topk_prob = config.norm_topk_prob
-        size = config.moe_intermediate_size
+        self._group = group
+        size = group.share(config.moe_intermediate_size)
         self.gate = Router(config.hidden_size, config.num_experts)
         self.experts_gate_up = ExpertWeights(config.num_experts, config.hidden_size, (size, size))
         self.experts_down = ExpertWeights(config.num_experts, size, (config.hidden_size,))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [num_tokens, hidden_size] → the same shape."""
-        return fused_moe(
+        outputs = fused_moe(
             hidden,
             self.gate(hidden),
             self.experts_gate_up.stacked(),
@@ -70,3 +82,4 @@ class MoE(nn.Module):
             self._top_k,
             self._norm_topk_prob,
         )
+        return self._group.all_reduce(outputs)

@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.parallel.share import Share, whole
 from kernels.quantize_weights import GROUP, SCALE_BLOCK, SPAN, WORDS
 from kernels.scaled_mm_fp8 import scaled_mm_fp8
 from kernels.weight_only_mm import weight_only_mm
@@ -24,8 +25,8 @@ class QuantizedLinear(nn.Module, ABC):
     """y = x · weightᵀ + bias, as `Linear` computes it, from the parameters that `stored` lists.
 
     Args:
-        in_features: width of x.
-        output_sizes: width of each part; the checkpoint has tensors for each.
+        in_features: width of x, or this rank's share of it.
+        output_sizes: width of each part, or this rank's share of it; the checkpoint has tensors for each.
 
     Raises:
         ValueError: sizes that cannot be stored so.
@@ -37,17 +38,19 @@ class QuantizedLinear(nn.Module, ABC):
     """What the width of each part but the last must be a multiple of."""
     weight: nn.Parameter
 
-    def __init__(self, in_features: int, output_sizes: Sequence[int], bias: bool = False) -> None:
+    def __init__(self, in_features: int | Share, output_sizes: Sequence[int | Share], bias: bool = False) -> None:
         super().__init__()
-        if in_features % self.in_multiple:
-            raise ValueError(f"in_features is {in_features}, expected a multiple of {self.in_multiple}")
-        if any(size % self.part_multiple for size in output_sizes[:-1]):
-            raise ValueError(f"parts are {list(output_sizes)} wide, expected multiples of {self.part_multiple}")
-        self.in_features = in_features
-        self.output_sizes = tuple(output_sizes)
-        for name, (shape, dtype) in self.stored(sum(output_sizes), in_features).items():
+        self.inputs = whole(in_features)
+        self.outputs = tuple(map(whole, output_sizes))
+        self.in_features = self.inputs.size
+        self.output_sizes = tuple(output.size for output in self.outputs)
+        if self.in_features % self.in_multiple:
+            raise ValueError(f"in_features is {self.in_features}, expected a multiple of {self.in_multiple}")
+        if any(size % self.part_multiple for size in self.output_sizes[:-1]):
+            raise ValueError(f"parts are {list(self.output_sizes)} wide, expected multiples of {self.part_multiple}")
+        for name, (shape, dtype) in self.stored(sum(self.output_sizes), self.in_features).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
-        self.bias = nn.Parameter(torch.empty(sum(output_sizes)), requires_grad=False) if bias else None
+        self.bias = nn.Parameter(torch.empty(sum(self.output_sizes)), requires_grad=False) if bias else None
 
     @staticmethod
     @abstractmethod
@@ -63,11 +66,17 @@ class QuantizedLinear(nn.Module, ABC):
         """Of the parameters that do not have the model's dtype."""
         return {name: stored.dtype for name, stored in self.stored(1, self.in_features).items()}
 
-    def part_rows(self, parameter: str) -> tuple[int, ...]:
-        """How many rows of a parameter belong to each part of the output."""
+    def shares(self, parameter: str) -> tuple[tuple[Share, ...], ...]:
+        """As `Linear.shares`. But for the bias, tensors that fill it hold this rank's share alone."""
         if parameter == "bias":
-            return self.output_sizes
-        return tuple(self.stored(size, self.in_features)[parameter].shape[0] for size in self.output_sizes)
+            return tuple((output,) for output in self.outputs)
+        shapes = (self.stored(size, self.in_features)[parameter].shape for size in self.output_sizes)
+        return tuple(tuple(map(whole, shape)) for shape in shapes)
+
+    def after_loading(self) -> None:
+        """Of ranks whose outputs are added up, one adds the bias."""
+        if self.bias is not None and self.inputs.start:
+            self.bias.zero_()
 
 
 class Int8Linear(QuantizedLinear):
@@ -134,6 +143,7 @@ class Int4Linear(QuantizedLinear):
 
     def after_loading(self) -> None:
         """The kernel reads a group's scales for many channels at once, so groups come first."""
+        super().after_loading()
         self.scale_zero.data = self.scale_zero.data.t().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.model_config import ModelConfig
+from engine.parallel.group import TensorParallel
 from kernels.qk_norm_rope_store import qk_norm_rope_store
 from kernels.silu_and_mul import silu_and_mul
 
@@ -23,6 +24,7 @@ class Attention(nn.Module):
         config: of the model.
         layer_index: place of its layer.
         backend: what computes attention.
+        group: the ranks that share its heads.
         qk_norm: whether heads of q and k are normalised.
         qkv_bias, output_bias: whether these projections have a bias.
     """
@@ -32,6 +34,7 @@ class Attention(nn.Module):
         config: ModelConfig,
         layer_index: int,
         backend: AttentionBackend,
+        group: TensorParallel,
         *,
         qk_norm: bool = False,
         qkv_bias: bool = False,
@@ -41,8 +44,9 @@ class Attention(nn.Module):
         self.layer_index = layer_index
         self.backend = backend
         self.eps = config.rms_norm_eps
-        q_size = config.num_attention_heads * config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
+        self.group = group
+        q_size = group.share(config.num_attention_heads) * config.head_dim
+        kv_size = group.share_or_copy(config.num_key_value_heads) * config.head_dim
         self.qkv_proj = Linear(config.hidden_size, (q_size, kv_size, kv_size), bias=qkv_bias)
         self.o_proj = Linear(q_size, (config.hidden_size,), bias=output_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else None
@@ -62,21 +66,22 @@ class Attention(nn.Module):
             step.slot_mapping,
         )
         attended = self.backend.forward(query, k_cache, v_cache, step.attention_plan)
-        return self.o_proj(attended.flatten(1))
+        return self.group.all_reduce(self.o_proj(attended.flatten(1)))
 
 
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, group: TensorParallel) -> None:
         super().__init__()
-        size, bias = config.intermediate_size, config.mlp_bias
+        self.group = group
+        size, bias = group.share(config.intermediate_size), config.mlp_bias
         self.gate_up_proj = Linear(config.hidden_size, (size, size), bias=bias)
         self.down_proj = Linear(size, (config.hidden_size,), bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [num_tokens, hidden_size] → the same shape."""
-        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden)))
+        return self.group.all_reduce(self.down_proj(silu_and_mul(self.gate_up_proj(hidden))))
 
 
 class DecoderLayer(nn.Module):
@@ -100,9 +105,9 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm."""
 
-    def __init__(self, config: ModelConfig, layers: list[DecoderLayer]) -> None:
+    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], group: TensorParallel) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, group)
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -127,27 +132,32 @@ class CausalLM(nn.Module, ABC):
     }
     ignored_tensors: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
 
-    def __init__(self, config: ModelConfig, backend: AttentionBackend) -> None:
+    def __init__(self, config: ModelConfig, backend: AttentionBackend, group: TensorParallel) -> None:
         super().__init__()
-        layers = [self.make_layer(config, index, backend) for index in range(config.num_hidden_layers)]
-        self.model = Decoder(config, layers)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, (config.vocab_size,))
+        self.group = group
+        layers = [self.make_layer(config, index, backend, group) for index in range(config.num_hidden_layers)]
+        self.model = Decoder(config, layers, group)
+        vocab = group.share_padded(config.vocab_size)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, (vocab,))
         self.tied_parameters = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
 
     @abstractmethod
-    def make_layer(self, config: ModelConfig, index: int, backend: AttentionBackend) -> DecoderLayer:
-        """The layer at `index`."""
+    def make_layer(
+        self, config: ModelConfig, index: int, backend: AttentionBackend, group: TensorParallel
+    ) -> DecoderLayer:
+        """The layer at `index`, as a rank of the group computes it."""
 
     def forward(self, step: StepInputs) -> Tensor:
         """→ hidden states [num_tokens, hidden_size]."""
         return self.model(step)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [num_rows, hidden_size] → [num_rows, vocab_size]."""
-        return self.model.embed_tokens.project(hidden) if self.lm_head is None else self.lm_head(hidden)
+        """hidden: [num_rows, hidden_size] → [num_rows, at least vocab_size]; on ranks but the first, their own part."""
+        own = self.model.embed_tokens.project(hidden) if self.lm_head is None else self.lm_head(hidden)
+        return self.group.gather_columns(own)
 
 
 class ModelClass(Protocol):
-    """What a registered architecture must be: callable with a configuration and an attention backend."""
+    """What a registered architecture must be: callable with a configuration, an attention backend and a group."""
 
-    def __call__(self, config: ModelConfig, backend: AttentionBackend) -> CausalLM: ...
+    def __call__(self, config: ModelConfig, backend: AttentionBackend, group: TensorParallel) -> CausalLM: ...

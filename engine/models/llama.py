@@ -3,15 +3,18 @@
 from engine.attention import AttentionBackend
 from engine.model_config import ModelConfig
 from engine.models.decoder import Attention, CausalLM, DecoderLayer, GatedMLP
+from engine.parallel.group import TensorParallel
 
 
 class LlamaForCausalLM(CausalLM):
     """The plain decoder."""
 
-    def make_layer(self, config: ModelConfig, index: int, backend: AttentionBackend) -> DecoderLayer:
+    def make_layer(
+        self, config: ModelConfig, index: int, backend: AttentionBackend, group: TensorParallel
+    ) -> DecoderLayer:
         bias = config.attention_bias
-        attention = Attention(config, index, backend, qkv_bias=bias, output_bias=bias)
-        return DecoderLayer(config, attention, GatedMLP(config))
+        attention = Attention(config, index, backend, group, qkv_bias=bias, output_bias=bias)
+        return DecoderLayer(config, attention, GatedMLP(config, group))
 
 
 class MistralForCausalLM(LlamaForCausalLM):

@@ -3,10 +3,13 @@
 from engine.attention import AttentionBackend
 from engine.model_config import ModelConfig
 from engine.models.decoder import Attention, CausalLM, DecoderLayer, GatedMLP
+from engine.parallel.group import TensorParallel
 
 
 class Qwen2ForCausalLM(CausalLM):
     """The projections to q, k and v have a bias, whatever config.json says; no head is normalised."""
 
-    def make_layer(self, config: ModelConfig, index: int, backend: AttentionBackend) -> DecoderLayer:
-        return DecoderLayer(config, Attention(config, index, backend, qkv_bias=True), GatedMLP(config))
+    def make_layer(
+        self, config: ModelConfig, index: int, backend: AttentionBackend, group: TensorParallel
+    ) -> DecoderLayer:
+        return DecoderLayer(config, Attention(config, index, backend, group, qkv_bias=True), GatedMLP(config, group))

@@ -4,13 +4,14 @@ from engine.attention import AttentionBackend
 from engine.layers.moe import MoE
 from engine.model_config import ModelConfig
 from engine.models.decoder import Attention, CausalLM, DecoderLayer, GatedMLP
+from engine.parallel.group import TensorParallel
 
 
 class Qwen3MoeForCausalLM(CausalLM):
     """As Qwen3, with experts in the place of most MLPs."""
 
-    def __init__(self, config: ModelConfig, backend: AttentionBackend) -> None:
-        super().__init__(config, backend)
+    def __init__(self, config: ModelConfig, backend: AttentionBackend, group: TensorParallel) -> None:
+        super().__init__(config, backend, group)
         experts = range(config.num_experts or 0)
         self.packed_parameters = {
             **self.packed_parameters,
@@ -18,8 +19,10 @@ class Qwen3MoeForCausalLM(CausalLM):
             "experts_down": tuple(f"experts.{expert}.down_proj" for expert in experts),
         }
 
-    def make_layer(self, config: ModelConfig, index: int, backend: AttentionBackend) -> DecoderLayer:
+    def make_layer(
+        self, config: ModelConfig, index: int, backend: AttentionBackend, group: TensorParallel
+    ) -> DecoderLayer:
         bias = config.attention_bias
-        attention = Attention(config, index, backend, qk_norm=True, qkv_bias=bias, output_bias=bias)
+        attention = Attention(config, index, backend, group, qk_norm=True, qkv_bias=bias, output_bias=bias)
         is_sparse = index not in config.mlp_only_layers and (index + 1) % config.decoder_sparse_step == 0
-        return DecoderLayer(config, attention, MoE(config) if is_sparse else GatedMLP(config))
+        return DecoderLayer(config, attention, MoE(config, group) if is_sparse else GatedMLP(config, group))

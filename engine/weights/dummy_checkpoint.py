@@ -3,6 +3,7 @@
 import torch
 
 from engine.weights.checkpoint import TensorInfo
+from engine.weights.placement import whole_shape
 
 STANDARD_DEVIATION = 0.02
 
@@ -20,7 +21,8 @@ class DummyCheckpoint:
         self._device = device
         self._generator = torch.Generator(device).manual_seed(0)
         self.tensors = {
-            name: TensorInfo("dummy", tuple(parameter.shape), dtype) for name, parameter in model.named_parameters()
+            name: TensorInfo("dummy", whole_shape(model, name, tuple(parameter.shape)), dtype)
+            for name, parameter in model.named_parameters()
         }
 
     def read(self, name: str) -> torch.Tensor:

@@ -4,7 +4,9 @@ What the model says about itself is read here and nowhere else:
 
 - `packed_parameters`: `{"qkv_proj": ("q_proj", "k_proj", "v_proj")}` means that checkpoint tensor `*.k_proj.weight`
   fills the second group of rows of parameter `*.qkv_proj.weight`.
-- `output_sizes` of the module that owns a packed parameter, if it has it: the rows of each part.
+- `shares(parameter)` of a module, if it has it: for each part of a parameter, what it holds of each dimension of the
+  checkpoint's tensor. Of `[1024, 64]`, a rank may want rows 512 … 1023. Nothing but that is read from mapped files.
+- `output_sizes` of the module that owns a packed parameter, if it has that instead: the rows of each part.
 - `tied_parameters`: `{"lm_head.weight": "model.embed_tokens.weight"}`, names that are no parameters of their own.
 - `ignored_tensors`: endings of tensor names that some checkpoints hold and no model needs.
 - `parameter_dtypes` of a module: types of its parameters that do not have the model's.
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from engine.errors import ConfigError
 from engine.weights.checkpoint import Checkpoint
-from engine.weights.placement import Placement, place_tensors
+from engine.weights.placement import Copy, Placement, place_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -87,17 +89,26 @@ def _fill(
     for name in checkpoint.tensors:
         if name not in placements:
             continue
-        key, rows = placements[name]
+        key, copies = placements[name]
         if key not in incomplete:
             incomplete[key] = _allocate(model, key, device, dtype)
-        target = incomplete[key] if rows is None else incomplete[key][rows]
-        target.copy_(checkpoint.read(name))
+        _copy(checkpoint.read(name), incomplete[key], copies)
         parts_to_come[key] -= 1
         if parts_to_come[key] == 0:
             # No reference may outlive this line: the hook may replace the parameter to free it.
-            del incomplete[key], target
+            del incomplete[key]
             hooks.parameter_loaded(key)
         yield name
+
+
+def _copy(tensor: torch.Tensor, parameter: torch.nn.Parameter, copies: tuple[Copy, ...]) -> None:
+    for source, rows in copies:
+        part = tensor[source]
+        target = parameter if rows is None else parameter[rows]
+        if len(target.shape) and len(part) < len(target):
+            target[len(part) :].zero_()
+            target = target[: len(part)]
+        target.copy_(part)
 
 
 def _allocate(model: torch.nn.Module, key: str, device: torch.device, dtype: torch.dtype) -> torch.nn.Parameter:

@@ -1,4 +1,7 @@
-"""Which rows of which parameter each checkpoint tensor fills; every mismatch is found here, before any data is read."""
+"""Which part of each checkpoint tensor fills which rows of which parameter.
+
+Every mismatch is found here, before any data is read. Of a model that several ranks share, a rank copies its own part.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -7,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.layers.quantized_linear import QuantizedLinear
+from engine.parallel.share import Share, whole
 from engine.weights.checkpoint import TensorInfo
 from engine.weights.messages import dtype_text, shape_text, shown
 
@@ -15,12 +18,20 @@ _FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HINT = "does config.json belong to these weights?"
 
 
+class Copy(NamedTuple):
+    """A part of a tensor and its place."""
+
+    source: tuple[slice, ...]
+    """Of the checkpoint's tensor; empty for all of it."""
+    rows: slice | None
+    """Of the parameter, None for all of it. Rows that are left over are padding."""
+
+
 class Placement(NamedTuple):
     """Where one checkpoint tensor goes."""
 
     parameter: str
-    rows: slice | None
-    """Rows of the parameter, None for all of it."""
+    copies: tuple[Copy, ...]
 
 
 class _Found(NamedTuple):
@@ -36,6 +47,8 @@ class _Wanted(NamedTuple):
     name: str
     shape: tuple[int | None, ...]
     """None where the checkpoint decides."""
+    parts: tuple[tuple[Share, ...], ...] = ()
+    """What of each dimension goes into the model, for each part of its rows; empty: all, as it is."""
 
 
 def place_tensors(model: torch.nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, Placement]:
@@ -87,32 +100,46 @@ def _wanted(
     model: torch.nn.Module, key: str, shape: tuple[int, ...], found: Mapping[str, _Found], tied: Mapping[str, str]
 ) -> list[_Wanted]:
     """The checkpoint tensors that fill parameter `key`, in the order of its rows."""
-    if key in found:
-        return [_Wanted(key, shape)]
-    for alias, target in tied.items():
-        if target == key and alias in found:
-            return [_Wanted(alias, shape)]
     module_path, _, attribute = key.rpartition(".")
     parent, _, module_name = module_path.rpartition(".")
-    parts: tuple[str, ...] = getattr(model, "packed_parameters", {}).get(module_name, ())
-    if not parts:
-        return [_Wanted(key, shape)]
-    names = [".".join(filter(None, (parent, part, attribute))) for part in parts]
-    module = model.get_submodule(module_path)
-    sizes = getattr(module, "output_sizes", [None] * len(parts))
-    if isinstance(module, QuantizedLinear):
-        sizes = module.part_rows(attribute)
+    names: tuple[str, ...] = getattr(model, "packed_parameters", {}).get(module_name, ())
+    aliases = [alias for alias, target in tied.items() if target == key and alias in found]
+    parts = _parts(model, key)
+    if key in found or aliases or not names:
+        name = key if key in found or not aliases else aliases[0]
+        return [_Wanted(name, whole_shape(model, key, shape), parts)]
+    names = tuple(".".join(filter(None, (parent, name, attribute))) for name in names)
+    if parts:
+        return [
+            _Wanted(name, tuple(share.whole for share in part), (part,))
+            for name, part in zip(names, parts, strict=True)
+        ]
+    sizes = getattr(model.get_submodule(module_path), "output_sizes", [None] * len(names))
     return [_Wanted(name, (size, *shape[1:])) for name, size in zip(names, sizes, strict=True)]
+
+
+def whole_shape(model: torch.nn.Module, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of parameter `key`, which has `shape` here, if one rank held all of it."""
+    parts = _parts(model, key)
+    if not parts:
+        return shape
+    return (sum(part[0].whole for part in parts), *(share.whole for share in parts[0][1:]))
+
+
+def _parts(model: torch.nn.Module, key: str) -> tuple[tuple[Share, ...], ...]:
+    """What parameter `key` holds of each dimension, part by part; nothing if its module does not say."""
+    path, _, attribute = key.rpartition(".")
+    module = model.get_submodule(path)
+    return module.shares(attribute) if hasattr(module, "shares") else ()
 
 
 def _problems(
     key: str, parameter: Tensor, wanted: list[_Wanted], found: Mapping[str, _Found], tensors: Mapping[str, TensorInfo]
 ) -> Iterator[str]:
     """What is wrong with the tensors that should fill parameter `key`."""
-    num_rows = parameter.shape[:1].numel()
     dtypes = _FLOAT_DTYPES if parameter.dtype in _FLOAT_DTYPES else (parameter.dtype,)
     rows: list[int] = []
-    for name, shape in wanted:
+    for name, shape, _ in wanted:
         tensor = found.get(name)
         if tensor is None:
             yield f"tensor {shown(name)} is missing in {_files(tensors)}, expected shape {shape_text(shape)}: {_HINT}"
@@ -125,22 +152,28 @@ def _problems(
             yield _wrong_shape(tensor, shape)
         else:
             rows += tensor.info.shape[:1]
-    if len(rows) == len(wanted) > 1 and sum(rows) != num_rows:
+    num_rows = parameter.shape[:1].numel()
+    if len(rows) == len(wanted) > 1 and not wanted[0].parts and sum(rows) != num_rows:
         names = ", ".join(shown(part.name) for part in wanted)
         total = f"{' + '.join(map(str, rows))} = {sum(rows)}"
         yield f"tensors {names} have {total} rows, expected {num_rows} for {shown(key)}: {_HINT}"
 
 
 def _placements(key: str, wanted: list[_Wanted], found: Mapping[str, _Found]) -> Iterator[tuple[str, Placement]]:
-    if len(wanted) == 1:
-        yield found[wanted[0].name].name, Placement(key, None)
+    if len(wanted) == 1 and not wanted[0].parts:
+        yield found[wanted[0].name].name, Placement(key, (Copy((), None),))
         return
     start = 0
-    for part in wanted:
-        tensor = found[part.name]
-        stop = start + tensor.info.shape[0]
-        yield tensor.name, Placement(key, slice(start, stop))
-        start = stop
+    for each in wanted:
+        tensor = found[each.name]
+        copies = []
+        source = 0
+        for rows, *others in each.parts or (tuple(map(whole, tensor.info.shape)),):
+            span = slice(source + rows.span().start, source + rows.span().stop)
+            copies.append(Copy((span, *(share.span() for share in others)), slice(start, start + rows.size)))
+            source += rows.whole
+            start += rows.size
+        yield tensor.name, Placement(key, tuple(copies))
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:

@@ -168,6 +168,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.model_config import ModelConfig
 from engine.models.registry import find_model
+from engine.parallel.group import TensorParallel
 from engine.weights.loader import load_weights
 from engine.weights.quantization import choose_quantization
 from engine.weights.quantized_checkpoint import quantize
@@ -179,7 +180,7 @@ def rss():
 def load(path, scheme):
     config = ModelConfig.from_dir(Path(path))
     with torch.device("meta"):
-        model = find_model(config.architectures)(config, None)
+        model = find_model(config.architectures)(config, None, TensorParallel())
     quantization = choose_quantization(EngineConfig(quantization=scheme), config, cpu, torch.bfloat16)
     checkpoint = quantize(model, SafetensorsCheckpoint(Path(path)), quantization, cpu)
     load_weights(model, checkpoint, cpu, torch.bfloat16, progress=False)
