@@ -6,11 +6,14 @@ millisecond, waits for nothing and never raises. A change is tried in cluster/si
 
 import logging
 import math
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
+
+from cluster.autoscaling_metrics import AutoscalerMetrics
 
 logger = logging.getLogger("ray.serve")
 
@@ -99,12 +102,15 @@ class QueueAndKvPolicy:
         self._arrivals = _Average(arrival_memory_s)
         self._recent = _RecentMost(hold_s)
         self._error = ""
+        self.metrics = AutoscalerMetrics(("prompts", "room", "unreported"))
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """The number of replicas wanted now. Ray Serve keeps it within its bounds."""
         try:
+            self.metrics.export(time.monotonic(), ctx.app_name or "", ctx.deployment_name)
             return self._decide(ctx), {}
         except Exception as error:  # Ray Serve would skip this turn of scaling for every application
+            self.metrics.failed()
             if str(error) != self._error:  # ten times a second
                 self._error = str(error)
                 logger.exception("autoscaling keeps %d replicas on a fault", ctx.target_num_replicas)
@@ -115,11 +121,17 @@ class QueueAndKvPolicy:
             raise ValueError(f"the time is {ctx.current_time} and the configuration {ctx.config}, expected both")
         now_s = ctx.current_time
         if ctx.current_num_replicas == 0:  # nothing reports; Ray Serve itself wakes a first replica for a request
+            self.metrics.decided({}, ctx.target_num_replicas, ctx.target_num_replicas, 0)
             return ctx.target_num_replicas
-        wanted = min(
-            self._wanted(ctx, now_s, ctx.config.get_target_ongoing_requests()),
-            float(ctx.capacity_adjusted_max_replicas),
-        )
+        wanted_for = self._wanted(ctx, now_s, ctx.config.get_target_ongoing_requests())
+        target = self._target(ctx, now_s, wanted_for)
+        self.metrics.decided(wanted_for, ctx.target_num_replicas, target, ctx.current_num_replicas)
+        return target
+
+    def _target(self, ctx: AutoscalingContext, now_s: float, wanted_for: dict[str, float]) -> int:
+        """The number of replicas from what calls for them: the larger of two reasons, and the third on top."""
+        wanted = max(wanted_for["prompts"], wanted_for["room"]) + wanted_for["unreported"]
+        wanted = min(wanted, float(ctx.capacity_adjusted_max_replicas))
         self._recent.add(now_s, math.ceil(wanted * (1 + self._margin)))
         if wanted > ctx.target_num_replicas:
             return math.ceil(wanted)
@@ -127,8 +139,8 @@ class QueueAndKvPolicy:
             return ctx.target_num_replicas
         return min(ctx.target_num_replicas, self._recent.most)
 
-    def _wanted(self, ctx: AutoscalingContext, now_s: float, requests_per_replica: float) -> float:
-        """Replicas that the load of this moment takes, not rounded. 0 if there is none.
+    def _wanted(self, ctx: AutoscalingContext, now_s: float, requests_per_replica: float) -> dict[str, float]:
+        """Replicas that the load of this moment takes, not rounded, by reason. 0 if there is none.
 
         Requests at replicas that have not reported (yet) are known only by Ray Serve's own count.
         """
@@ -139,10 +151,10 @@ class QueueAndKvPolicy:
         arrivals = self._arrivals.add(now_s, load.arrival_tokens_per_s)
         tokens_per_s = self._drain.add(now_s, load)
         if not (load.num_requests or num_requests):
-            return 0.0
+            return {"prompts": 0.0, "room": 0.0, "unreported": 0.0}
         for_prompts = arrivals / self._target_load + load.waiting_tokens / self._backlog_s
         for_room = load.room_in_use / self._target_utilization
-        return max(for_prompts / tokens_per_s, for_room, LEAST) + by_count
+        return {"prompts": max(for_prompts / tokens_per_s, LEAST), "room": for_room, "unreported": by_count}
 
 
 def sum_reports(metrics: dict[str, dict[Any, Any]]) -> Load:
