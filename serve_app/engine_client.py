@@ -37,6 +37,7 @@ class EngineClient:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._generate = handle.options(method_name="generate", stream=True)
         self._info = handle.options(method_name="info")
+        self._adapters = handle.options(method_name="adapters")
         self._check_health = handle.options(method_name="check_health")
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ReplicaMessage)
@@ -79,6 +80,17 @@ class EngineClient:
         except FAILURES as error:
             raise _as_api_error(error) from None
 
+    async def adapters(self) -> list[str]:
+        """Names of the adapters that requests can ask for.
+
+        Raises:
+            ApiError: no replica is ready.
+        """
+        try:
+            return await self._adapters.remote()
+        except FAILURES as error:
+            raise _as_api_error(error) from None
+
     async def check_health(self) -> None:
         """Raise ApiError unless some replica is well."""
         try:
@@ -102,6 +114,9 @@ def _as_api_error(error: BaseException) -> BaseException:
 
 
 def _as_error(refusal: Refusal) -> ApiError:
+    if refusal.kind is RefusalKind.BAD_REQUEST and refusal.param == "adapter":
+        message = "the model's adapter does not exist, or cannot be used; the server's log says why"
+        return ApiError(404, message, param="model", code="model_not_found")
     if refusal.kind is RefusalKind.BAD_REQUEST:
         return bad_request(refusal.message, refusal.param)
     return overloaded() if refusal.kind is RefusalKind.OVERLOADED else unavailable()

@@ -29,7 +29,7 @@ from serve_app.metrics.ingress import IngressMetrics
 from serve_app.metrics.process import Snapshot, samples_of
 from serve_app.metrics.ray_export import RayExport
 from serve_app.metrics.requests import meter_of
-from serve_app.openai.endpoint import Endpoint, ServedModel, check_model
+from serve_app.openai.endpoint import Endpoint, ServedModel, adapter_of, model_not_found
 from serve_app.openai.errors import ApiError, internal_error, unavailable
 from serve_app.openai.generation import Delta, Generation
 from serve_app.ray_private import deployment_details
@@ -105,12 +105,16 @@ class Ingress:
         return self._json({"version": version("qwen3-serve"), "ingress": self._id, "models": [model]})
 
     async def models(self) -> Response:
-        return self._json({"object": "list", "data": [self._model_card(self._model())]})
+        served = self._model()
+        names = await self._client.adapters() if served.has_adapters else []
+        return self._json({"object": "list", "data": [self._model_card(served, name) for name in ("", *names)]})
 
     async def model(self, name: str) -> Response:
         served = self._model()
-        check_model(name, served)
-        return self._json(self._model_card(served))
+        adapter = adapter_of(name, served)
+        if adapter and adapter not in await self._client.adapters():
+            raise model_not_found(name, served)
+        return self._json(self._model_card(served, adapter))
 
     async def convert(self, request: Request, body: type[BaseModel], conversion: Conversion) -> Response:
         """Answer a request that the engine is not needed for."""
@@ -211,9 +215,10 @@ class Ingress:
             raise unavailable("the model is being loaded; try again later")
         return self._served
 
-    def _model_card(self, served: ServedModel) -> dict[str, object]:
+    def _model_card(self, served: ServedModel, adapter: str) -> dict[str, object]:
         return {
-            "id": served.name,
+            "id": f"{served.name}:{adapter}" if adapter else served.name,
+            "parent": served.name if adapter else None,
             "object": "model",
             "created": served.created,
             "owned_by": "qwen3-serve",

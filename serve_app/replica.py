@@ -82,6 +82,10 @@ class EngineReplica:
         )
         return self._encoder.encode(info)
 
+    async def adapters(self) -> list[str]:
+        """Names of the adapters that requests can ask for."""
+        return await asyncio.to_thread(self._engine.adapter_names)
+
     async def stats(self) -> dict[str, int | float]:
         """EngineStats as a dict."""
         return msgspec.to_builtins(self._engine.stats())

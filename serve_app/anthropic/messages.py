@@ -7,7 +7,7 @@ from serve_app.anthropic.errors import error_body
 from serve_app.anthropic.protocol import NAMES, CountTokensBody, MessagesBody, chat_values
 from serve_app.openai.chat_prompt import render
 from serve_app.openai.conversion import as_chat, as_chat_body
-from serve_app.openai.endpoint import ServedModel, check_count, check_model, new_id, server_sent_event
+from serve_app.openai.endpoint import ServedModel, adapter_of, check_count, new_id, server_sent_event
 from serve_app.openai.errors import ApiError
 from serve_app.openai.generation import Delta, Usage
 
@@ -33,7 +33,7 @@ class Messages:
         self._usage = Usage(chat.prompt_tokens)
         self._is_begun = False
         self._stop: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
-        self._common = {"id": new_id("msg"), "type": "message", "role": "assistant", "model": model.name}
+        self._common = {"id": new_id("msg"), "type": "message", "role": "assistant", "model": body.model}
 
     def events(self, delta: Delta) -> bytes:
         self._usage.add(delta)
@@ -75,7 +75,7 @@ def count_tokens(body: CountTokensBody, model: ServedModel) -> dict[str, Any]:
     Raises:
         ApiError: the chat template refuses the messages.
     """
-    check_model(body.model, model)
+    adapter_of(body.model, model)
     check_count("messages", len(body.messages), model.limits.messages)
     return {"input_tokens": len(render(as_chat_body(chat_values(body), NAMES), model))}
 

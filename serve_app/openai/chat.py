@@ -9,10 +9,10 @@ from serve_app.openai.chat_prompt import open_channel, render, thinking_budget
 from serve_app.openai.endpoint import (
     ChunkStream,
     ServedModel,
+    adapter_of,
     by_choice,
     check_count,
     check_length,
-    check_model,
     new_id,
     now,
 )
@@ -34,7 +34,7 @@ class Chat(ChunkStream):
     """
 
     def __init__(self, body: ChatBody, model: ServedModel) -> None:
-        check_model(body.model, model)
+        adapter = adapter_of(body.model, model)
         check_count("n", body.n, model.limits.choices)
         check_count("messages", len(body.messages), model.limits.messages)
         self.stream = body.stream
@@ -51,7 +51,7 @@ class Chat(ChunkStream):
         self._common = {
             "id": key if body.request_id is None else f"chatcmpl-{body.request_id}",
             "created": now(),
-            "model": model.name,
+            "model": body.model,
             "system_fingerprint": model.info.fingerprint,
         }
 
@@ -84,6 +84,7 @@ class Chat(ChunkStream):
                 ),
                 priority=body.priority,
                 cache_salt=body.cache_salt or "",
+                adapter=adapter,
             )
             for index in range(body.n)
         ]

@@ -11,10 +11,10 @@ from serve_app.openai.completion_protocol import CompletionBody
 from serve_app.openai.endpoint import (
     ChunkStream,
     ServedModel,
+    adapter_of,
     by_choice,
     check_count,
     check_length,
-    check_model,
     check_prompt_tokens,
     new_id,
     now,
@@ -40,7 +40,7 @@ class Completions(ChunkStream):
     """
 
     def __init__(self, body: CompletionBody, model: ServedModel) -> None:
-        check_model(body.model, model)
+        self._adapter = adapter_of(body.model, model)
         if body.max_tokens == 0 and not body.echo:
             raise bad_request("max_tokens is 0, expected at least 1, or echo: true beside it", "max_tokens")
         self._num_made = body.best_of or body.n
@@ -60,7 +60,7 @@ class Completions(ChunkStream):
             "id": self._key if body.request_id is None else f"cmpl-{body.request_id}",
             "object": "text_completion",
             "created": now(),
-            "model": model.name,
+            "model": body.model,
             "system_fingerprint": model.info.fingerprint,
         }
         self._prompts = [_read(prompt, body, model) for prompt in body.prompts]
@@ -135,6 +135,7 @@ class Completions(ChunkStream):
                         params=choice_params(params, index, **changes),
                         priority=body.priority,
                         cache_salt=body.cache_salt or "",
+                        adapter=self._adapter,
                     )
                 )
         return requests

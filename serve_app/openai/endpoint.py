@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from engine.lora.handle import NAME as ADAPTER_NAME
 from engine.request import EngineRequest
 from engine.tokenizer import Tokenizer
 from serve_app.config import Limits, ServiceConfig
@@ -39,6 +40,8 @@ class ServedModel:
     defaults: GenerationDefaults
     limits: Limits
     info: ModelInfo
+    has_adapters: bool = False
+    """Whether `name:adapter` is a model too."""
 
     @classmethod
     def from_info(cls, config: ServiceConfig, info: ModelInfo) -> "ServedModel":
@@ -55,7 +58,15 @@ class ServedModel:
                 (path / file).write_bytes(content)
             given = config.default_sampling_params.model_dump(exclude_none=True)
             defaults = GenerationDefaults.from_dir(path).model_copy(update=given)
-            return cls(config.model_name, now(), Tokenizer.from_dir(path), defaults, config.limits, info)
+            return cls(
+                config.model_name,
+                now(),
+                Tokenizer.from_dir(path),
+                defaults,
+                config.limits,
+                info,
+                has_adapters=config.engine.max_loras > 0,
+            )
 
 
 class Endpoint(Protocol):
@@ -125,11 +136,25 @@ def server_sent_event(body: dict[str, Any], name: str | None = None) -> bytes:
     return data if name is None else b"event: " + name.encode() + b"\n" + data
 
 
-def check_model(name: str, model: ServedModel) -> None:
-    """Raises ApiError 404 unless it is the model served here."""
-    if name != model.name:
-        message = f"the model {name[:128]!r} does not exist here, expected {model.name!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+def adapter_of(name: str, model: ServedModel) -> str:
+    """The adapter that a model's name asks for: `NAME` of `model:NAME`, or none. The engine knows which there are.
+
+    Raises:
+        ApiError: 404, it is not the model served here.
+    """
+    if name == model.name:
+        return ""
+    adapter = name.removeprefix(f"{model.name}:")
+    if model.has_adapters and adapter != name and ADAPTER_NAME.fullmatch(adapter):
+        return adapter
+    raise model_not_found(name, model)
+
+
+def model_not_found(name: str, model: ServedModel) -> ApiError:
+    """A 404."""
+    expected = f"{model.name!r}" + (f" or '{model.name}:ADAPTER'" if model.has_adapters else "")
+    message = f"the model {name[:128]!r} does not exist here, expected {expected}"
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def check_length(

@@ -32,7 +32,7 @@ class Responses:
             "id": new_id("resp"),
             "object": "response",
             "created_at": now(),
-            "model": model.name,
+            "model": body.model,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "temperature": params.temperature,

@@ -6,7 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from engine.errors import RequestError
 from serve_app.openai.chat_prompt import render
-from serve_app.openai.endpoint import ServedModel, check_count, check_model
+from serve_app.openai.endpoint import ServedModel, adapter_of, check_count
 from serve_app.openai.errors import bad_request
 from serve_app.openai.protocol import Body, ChatBody, Message, TemplateVariables, Text, TokenId, Tool
 
@@ -52,7 +52,7 @@ def tokenize(body: TokenizeBody, model: ServedModel) -> dict[str, Any]:
     Raises:
         ApiError: the text cannot be tokenized.
     """
-    check_model(body.model or model.name, model)
+    adapter_of(body.model or model.name, model)
     if body.messages is not None:
         check_count("messages", len(body.messages), model.limits.messages)
         chat = ChatBody.model_construct(
@@ -85,7 +85,7 @@ def detokenize(body: DetokenizeBody, model: ServedModel) -> dict[str, Any]:
     Raises:
         ApiError: an id is not in the vocabulary.
     """
-    check_model(body.model or model.name, model)
+    adapter_of(body.model or model.name, model)
     for index, token_id in enumerate(body.tokens):
         if token_id >= model.info.vocab_size:
             message = f"tokens.{index} is {token_id}, expected less than the vocabulary's {model.info.vocab_size}"
