@@ -24,8 +24,8 @@ REQUESTS_PER_REPLICA = 2
 """So many may wait at the replicas however long they take: a replica has something to go on with."""
 REQUEST_TOKENS = 32
 """What starting a request costs beside its prompt, in prompt tokens."""
-FIRST_TOKENS_PER_S = 2000.0
-"""Taken for the drain rate until it is measured."""
+FIRST_TOKENS_PER_S = 500.0
+"""Taken for the drain rate until it is measured. Low, as it rises with the first requests and falls with none."""
 RATE_MEMORY_S = 5.0
 """Seconds with requests waiting over which the drain rate is averaged."""
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 MOST_TICKETS = 4096
 LONGEST_S = 60
 """The most that a client is told to wait; OpenAI's and Anthropic's clients obey no more."""
+HEADROOM = 1.2
+"""Time kept for a request that is to come back, for each second that it takes: no two replicas are equally fast."""
 GRACE_S = 5.0
 """How late a request may come back and still have its place."""
 RETURN_MEMORY = 0.02
@@ -48,9 +50,9 @@ class RetryTickets:
             now_s: the clock.
         """
         self._drop_lapsed(now_s)
-        due_s = max(now_s, self._last_due_s) + self._return_share * service_s
+        due_s = max(now_s, self._last_due_s) + self._return_share * service_s * HEADROOM
         self._last_due_s = min(due_s, now_s + LONGEST_S)
-        seconds = max(1, math.ceil(self._last_due_s - now_s))
+        seconds = min(LONGEST_S, max(1, math.ceil(self._last_due_s - now_s)))
         if len(self._by_due) < MOST_TICKETS:
             ticket = _Ticket(identity, arrival_s, now_s + seconds)
             self._by_due.append(ticket)

@@ -273,6 +273,32 @@ def test_a_key_has_so_many_requests_a_minute(monkeypatch: pytest.MonkeyPatch):
     assert [is_allowed() for _ in range(3)] == [True, True, False]
 
 
+def test_a_key_has_so_many_tokens_a_minute(monkeypatch: pytest.MonkeyPatch):
+    clock = [100.0]
+    monkeypatch.setattr(auth.time, "monotonic", lambda: clock[0])
+    caller = Caller(key(tokens_per_minute=600))
+
+    def wait_s(num_tokens: int) -> int:
+        try:
+            caller.check_tokens(num_tokens)
+            return 0
+        except ApiError as error:
+            assert error.status == 429 and error.retry_after_s is not None
+            return error.retry_after_s
+
+    assert wait_s(5000) == 0  # more than there can ever be: it takes all, and what is missing has to come in again
+    caller.take_tokens(500)
+    assert (wait_s(100), wait_s(101)) == (0, 1)
+    caller.take_tokens(200)  # output, that nobody knew before
+    assert (wait_s(1), wait_s(100)) == (11, 20)
+    clock[0] += 11
+    assert (wait_s(1), wait_s(10), wait_s(100)) == (0, 0, 9)
+    clock[0] += 3600
+    assert wait_s(5000) == 0
+    assert caller.num_tokens == 700 and caller.num_refused["tokens_per_minute"] == 4
+    Caller().check_tokens(10**9)
+
+
 def test_each_key_has_a_prefix_cache_of_its_own_unless_it_shares():
     alice, bob = Caller(key()), Caller(key("bob"))
     shared = [Caller(key(name, shares_prefix_cache=True)) for name in ("carol", "dave")]
