@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.layers.linear import Linear
 from engine.layers.moe import MoE
+from engine.parallel.share import Share
 from engine.weights.checkpoint import Checkpoint, TensorInfo
 from engine.weights.messages import dtype_text, shape_text, shown
 from engine.weights.quantization import Quantization
-from engine.weights.quantized_formats import Expected
+from engine.weights.quantized_formats import Axis, Expected
 
 OUTPUT_PROJECTION = "lm_head"
 """Never quantized, nor are embeddings and norms."""
@@ -23,12 +24,31 @@ class _Part:
     """One weight of the checkpoint: a linear layer, or one of those that a packed layer computes at once."""
 
     name: str
-    out_features: int
-    in_features: int
+    outputs: tuple[Share, ...]
+    """What a rank has of it; several shares where the checkpoint has one tensor for several parts."""
+    inputs: Share
+
+    @property
+    def out_features(self) -> int:
+        return sum(share.whole for share in self.outputs)
+
+    def take(self, tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+        """A rank's part of one of the weight's tensors, a view if it is in one piece. Raises ValueError."""
+        for dim, axis in enumerate(axes[: tensor.dim()]):
+            shares = self.outputs if axis.of == "outputs" else (self.inputs,)
+            if tensor.shape[dim] != -(-sum(share.whole for share in shares) // axis.per):
+                continue  # one for all
+            first, pieces = 0, []
+            for share in shares:
+                span = share.span(axis.per)
+                pieces.append(tensor.narrow(dim, first + span.start, span.stop - span.start))
+                first += -(-share.whole // axis.per)
+            tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+        return tensor
 
 
 class QuantizedCheckpoint:
-    """`source` with the tensors of each quantized layer replaced by what a `QuantizedLinear` stores.
+    """`source` with the tensors of each quantized layer replaced by what a `QuantizedLinear` of this rank stores.
 
     A layer's tensors are read, converted and handed over one layer at a time.
 
@@ -40,6 +60,7 @@ class QuantizedCheckpoint:
 
     Raises:
         CheckpointError: a tensor is missing, of the wrong shape or type: the first one is named, others are counted.
+        ConfigError: ranks' shares are no whole groups of the quantization.
     """
 
     def __init__(
@@ -47,17 +68,22 @@ class QuantizedCheckpoint:
     ) -> None:
         self._source, self._format, self._device = source, quantization.format, device
         problems: list[str] = []
-        self._sources: dict[str, list[str]] = {}
+        self._parts = {part.name: part for part in parts}
+        self._sources: dict[str, dict[str, Expected]] = {}
         converted: dict[str, dict[str, TensorInfo]] = {}
         part_of: dict[str, str] = {}
         for part in parts:
-            expected = self._format.expected(part.out_features, part.in_features)
+            expected = self._format.expected(part.out_features, part.inputs.whole)
             problems += _problems(source.tensors, part, expected, quantization.label)
-            self._sources[part.name] = [name for name in expected if f"{part.name}.{name}" in source.tensors]
+            self._sources[part.name] = {
+                name: each for name, each in expected.items() if f"{part.name}.{name}" in source.tensors
+            }
             part_of |= {f"{part.name}.{name}": part.name for name in self._sources[part.name]}
             converted[part.name] = {
                 f"{part.name}.{name}": TensorInfo("", *stored)
-                for name, stored in self._format.layer.stored(part.out_features, part.in_features).items()
+                for name, stored in self._format.layer.stored(
+                    sum(share.size for share in part.outputs), part.inputs.size
+                ).items()
             }
         if problems:
             more = f" ({len(problems) - 1:,} more such errors)" if len(problems) > 1 else ""
@@ -86,12 +112,15 @@ class QuantizedCheckpoint:
         return self._converted.pop(name)
 
     def _convert(self, part: str) -> dict[str, Tensor]:
-        names = self._sources[part]
-        tensors = {name: self._source.read(f"{part}.{name}").to(self._device) for name in names}
+        expected = self._sources[part]
+        tensors = {
+            name: self._parts[part].take(self._source.read(f"{part}.{name}"), axes).to(self._device)
+            for name, (_, _, axes, _) in expected.items()
+        }
         try:
             return {f"{part}.{name}": tensor for name, tensor in self._format.convert(tensors).items()}
         except ValueError as error:
-            file = self._source.tensors[f"{part}.{names[0]}"].file
+            file = self._source.tensors[f"{part}.{next(iter(expected))}"].file
             raise CheckpointError(f"{file}: {shown(part)}: {error}") from None
 
 
@@ -107,6 +136,7 @@ def quantize(
 
     Raises:
         CheckpointError: the checkpoint does not hold what its quantization needs, or the model has experts.
+        ConfigError: ranks' shares of a layer are no whole groups of the quantization.
     """
     parts: list[_Part] = []
     for path, layer in list(model.named_modules()):
@@ -129,30 +159,44 @@ def quantize(
         parts += found
         try:
             with torch.device("meta"):
-                quantized = quantization.format.layer(layer.weight.shape[1], layer.output_sizes, layer.bias is not None)
+                quantized = quantization.format.layer(layer.inputs, layer.outputs, layer.bias is not None)
+            _check_groups(found, quantization)
         except ValueError as error:
-            raise CheckpointError(f"{path} cannot be quantized ({quantization.label}): {error}") from None
+            message = f"{path} cannot be quantized ({quantization.label}): {error}"
+            if any(share.size < share.whole for share in (layer.inputs, *layer.outputs)):
+                raise ConfigError(f"{message}: lower tensor_parallel_size") from None
+            raise CheckpointError(message) from None
         model.set_submodule(path, quantized)
     return QuantizedCheckpoint(checkpoint, parts, quantization, device)
 
 
 def _parts(model: nn.Module, path: str, layer: Linear, tensors: Mapping[str, TensorInfo]) -> list[_Part]:
     """The checkpoint's weights that fill a layer."""
-    in_features = layer.weight.shape[1]
     prefix = "" if any(name.startswith("model.") for name in tensors) else "model."
     path = path.removeprefix(prefix)
     parent, _, leaf = path.rpartition(".")
     leaves = getattr(model, "packed_parameters", {}).get(leaf, ())
     if not leaves or any(name.startswith(f"{path}.") for name in tensors):
-        return [_Part(path, sum(layer.output_sizes), in_features)]
-    return [_Part(f"{parent}.{leaf}", size, in_features) for leaf, size in zip(leaves, layer.output_sizes, strict=True)]
+        return [_Part(path, layer.outputs, layer.inputs)]
+    return [
+        _Part(f"{parent}.{leaf}", (output,), layer.inputs) for leaf, output in zip(leaves, layer.outputs, strict=True)
+    ]
+
+
+def _check_groups(parts: list[_Part], quantization: Quantization) -> None:
+    """Raise ValueError unless ranks' shares are whole words, groups and blocks of the checkpoint's tensors."""
+    for part in parts:
+        for expected in quantization.format.expected(part.out_features, part.inputs.whole).values():
+            for axis in expected.axes:
+                for share in part.outputs if axis.of == "outputs" else (part.inputs,):
+                    share.span(axis.per)
 
 
 def _problems(
     tensors: Mapping[str, TensorInfo], part: _Part, expected: Mapping[str, Expected], label: str
 ) -> Iterator[str]:
     """What is wrong with the tensors of one quantized weight."""
-    for leaf, (shapes, dtypes, is_optional) in expected.items():
+    for leaf, (shapes, dtypes, _, is_optional) in expected.items():
         name = f"{part.name}.{leaf}"
         info = tensors.get(name)
         if info is None:

@@ -1,7 +1,7 @@
 """How quantized checkpoints store one weight, and how it becomes what a QuantizedLinear holds. One class per format."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +26,23 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """AWQ keeps the j-th of eight consecutive channels in nibble AWQ_ORDER[j]."""
 
 
+class Axis(NamedTuple):
+    """What a dimension of a tensor runs along: the weight's output channels or its inputs, `per` of them an entry."""
+
+    of: Literal["outputs", "inputs"]
+    per: int = 1
+
+
+OUTPUTS, INPUTS = Axis("outputs"), Axis("inputs")
+
+
 class Expected(NamedTuple):
     """A tensor that a checkpoint must hold for each quantized weight."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
+    axes: tuple[Axis, ...]
+    """Of the first dimensions; a rank reads its share of them, and all of others."""
     is_optional: bool = False
 
 
@@ -58,7 +70,7 @@ class RoundWhenLoaded:
         self.layer, self._scale_name, self._round = _SCHEMES[scheme]
 
     def expected(self, out_features: int, in_features: int) -> dict[str, Expected]:
-        return {"weight": Expected(((out_features, in_features),), (*FLOATS, torch.float64))}
+        return {"weight": Expected(((out_features, in_features),), (*FLOATS, torch.float64), (OUTPUTS, INPUTS))}
 
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight = tensors["weight"]
@@ -76,8 +88,8 @@ class ScaledChannels:
 
     def expected(self, out_features: int, in_features: int) -> dict[str, Expected]:
         return {
-            "weight": Expected(((out_features, in_features),), (self._dtype,)),
-            "weight_scale": Expected(((out_features, 1), (out_features,), (1,), ()), FLOATS),
+            "weight": Expected(((out_features, in_features),), (self._dtype,), (OUTPUTS, INPUTS)),
+            "weight_scale": Expected(((out_features, 1), (out_features,), (1,), ()), FLOATS, (OUTPUTS,)),
         }
 
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,8 +113,8 @@ class ScaledBlocks:
     def expected(self, out_features: int, in_features: int) -> dict[str, Expected]:
         blocks = (-(-out_features // SCALE_BLOCK), -(-in_features // SCALE_BLOCK))
         return {
-            "weight": Expected(((out_features, in_features),), (torch.float8_e4m3fn,)),
-            self._scale_name: Expected((blocks,), FLOATS),
+            "weight": Expected(((out_features, in_features),), (torch.float8_e4m3fn,), (OUTPUTS, INPUTS)),
+            self._scale_name: Expected((blocks,), FLOATS, (Axis("outputs", SCALE_BLOCK), Axis("inputs", SCALE_BLOCK))),
         }
 
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,9 +129,9 @@ class Awq:
     def expected(self, out_features: int, in_features: int) -> dict[str, Expected]:
         groups, words = in_features // GROUP, _words(out_features)
         return {
-            "qweight": Expected(((in_features, words),), (torch.int32,)),
-            "qzeros": Expected(((groups, words),), (torch.int32,)),
-            "scales": Expected(((groups, out_features),), FLOATS),
+            "qweight": Expected(((in_features, words),), (torch.int32,), (INPUTS, Axis("outputs", NIBBLES))),
+            "qzeros": Expected(((groups, words),), (torch.int32,), (Axis("inputs", GROUP), Axis("outputs", NIBBLES))),
+            "scales": Expected(((groups, out_features),), FLOATS, (Axis("inputs", GROUP), OUTPUTS)),
         }
 
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -143,17 +155,19 @@ class Gptq:
     def expected(self, out_features: int, in_features: int) -> dict[str, Expected]:
         groups, words = in_features // GROUP, _words(out_features)
         return {
-            "qweight": Expected(((in_features // NIBBLES, out_features),), (torch.int32,)),
-            "qzeros": Expected(((groups, words),), (torch.int32,)),
-            "scales": Expected(((groups, out_features),), FLOATS),
-            "g_idx": Expected(((in_features,),), (torch.int32, torch.int64), is_optional=True),
+            "qweight": Expected(
+                ((in_features // NIBBLES, out_features),), (torch.int32,), (Axis("inputs", NIBBLES), OUTPUTS)
+            ),
+            "qzeros": Expected(((groups, words),), (torch.int32,), (Axis("inputs", GROUP), Axis("outputs", NIBBLES))),
+            "scales": Expected(((groups, out_features),), FLOATS, (Axis("inputs", GROUP), OUTPUTS)),
+            "g_idx": Expected(((in_features,),), (torch.int32, torch.int64), (), is_optional=True),
         }
 
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         codes = _unpack_nibbles(tensors["qweight"].t(), range(NIBBLES))
         zeros = _unpack_nibbles(tensors["qzeros"], range(NIBBLES)).t()
         group_of = tensors.get("g_idx")
-        if group_of is not None and not torch.equal(group_of.cpu(), torch.arange(codes.shape[1]).int() // GROUP):
+        if group_of is not None and not torch.equal(group_of.cpu(), torch.arange(len(group_of)).int() // GROUP):
             raise ValueError("g_idx permutes the inputs, expected groups of 128 in order (desc_act: false)")
         return _as_int4(codes, _finite(tensors, "scales").t(), (zeros + self._zero_offset) & 15)
 
