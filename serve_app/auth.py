@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from serve_app.config import ApiKey
-from serve_app.openai.errors import ApiError, overloaded
+from serve_app.openai.errors import ApiError, key_limited
 
 
 class Caller:
@@ -42,12 +42,12 @@ class Caller:
         """
         if self._most_requests is not None and self._num_requests >= self._most_requests:
             self.num_refused["concurrent_requests"] += 1
-            raise overloaded(f"the API key {self.name!r} has {self._num_requests} requests open, the most it may have")
+            raise key_limited(f"the API key {self.name!r} has {self._num_requests} requests open, the most it may have")
         if self._rate is not None:
             if (wait_s := self._rate.wait_s(1)) > 0:
                 self.num_refused["requests_per_minute"] += 1
                 message = f"the API key {self.name!r} may send {self._rate.per_minute} requests a minute"
-                raise overloaded(message, math.ceil(wait_s))
+                raise key_limited(message, math.ceil(wait_s))
             self._rate.take(1)
         self._num_requests += 1
         try:
@@ -60,7 +60,7 @@ class Caller:
         if self._token_rate is not None and (wait_s := self._token_rate.wait_s(num_tokens)) > 0:
             self.num_refused["tokens_per_minute"] += 1
             message = f"the API key {self.name!r} may use {self._token_rate.per_minute} tokens a minute"
-            raise overloaded(message, math.ceil(wait_s))
+            raise key_limited(message, math.ceil(wait_s))
 
     def take_tokens(self, num_tokens: int) -> None:
         """Count tokens of a prompt or an output. What goes beyond the limit is missing from the next minute's."""

@@ -55,8 +55,8 @@ class Gate:
                 await self._app(scope, receive, send)
                 return
             caller = self._keys.caller(scope["headers"])
+            scope[_CALLER] = caller
             with caller.request():
-                scope[_CALLER] = caller
                 await self._app(scope, receive, send)
         except ApiError as error:
             # Nothing was sent: errors from further inside became responses there.
@@ -71,9 +71,9 @@ def caller_of(request: Request) -> Caller:
     return request.scope[_CALLER]
 
 
-def caller_name(scope: Scope) -> str | None:
-    """The name of the API key that got a request through the gate, empty without keys; None if it did not get in."""
-    return scope[_CALLER].name if _CALLER in scope else None
+def caller_name(scope: Scope) -> str:
+    """The name of the API key of a request that came to the gate; empty without a valid one."""
+    return scope[_CALLER].name if _CALLER in scope else ""
 
 
 def _check_headers(scope: Scope, most_bytes: int) -> None:

@@ -11,7 +11,7 @@ from engine.request import EngineRequest, RequestTimings
 from serve_app.gate import caller_name
 from serve_app.http import CLIENT_CLOSED_REQUEST
 from serve_app.metrics.ingress import IngressMetrics
-from serve_app.openai.errors import ApiError, internal_error
+from serve_app.openai.errors import KEY_LIMIT, ApiError, internal_error
 from serve_app.openai.generation import Delta, Usage
 
 _METER = "qwen3_serve.meter"
@@ -90,14 +90,13 @@ class RequestMeter:
             return "shed"
         return "error" if self.error.status >= 500 else "client_error"
 
-    def end(self, key: str | None) -> None:
+    def end(self, key: str) -> None:
         """Count the request.
 
         Args:
-            key: name of the API key, empty without; None for a request that was stopped at the gate.
+            key: name of the API key; empty without one, and for requests that did not get through the gate.
         """
         metrics, outcome = self._metrics, self.outcome
-        is_in, key = key is not None, key or ""
         metrics.requests.labels(self.endpoint, outcome).inc()
         metrics.key_requests.labels(key, outcome).inc()
         reason = "" if self.error is None else self.error.code or str(self.error.status)
@@ -113,7 +112,7 @@ class RequestMeter:
             self._count_usage(key)
         if outcome == "ok":
             metrics.e2e.observe(time.monotonic() - self.arrived_at)
-        if is_in and outcome in ("ok", "shed", "error"):
+        if outcome in ("ok", "shed", "error") and reason != KEY_LIMIT:
             self._hold_against_objective(outcome)
 
     def _add(self, delta: Delta) -> None:

@@ -5,6 +5,9 @@ from typing import Any
 import msgspec
 from fastapi import Response
 
+KEY_LIMIT = "key_limit_exceeded"
+"""Code of errors that the limits of an API key cause."""
+
 
 class ApiError(Exception):
     """A request's failure, on its way to the client.
@@ -54,6 +57,11 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
 def overloaded(message: str = "too many requests are waiting; try again later", retry_after_s: int = 1) -> ApiError:
     """A 429 with Retry-After."""
     return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=retry_after_s)
+
+
+def key_limited(message: str, retry_after_s: int = 1) -> ApiError:
+    """A 429 for which the limits of an API key are to blame, and not the service."""
+    return ApiError(429, message, code=KEY_LIMIT, retry_after_s=retry_after_s)
 
 
 def unavailable(message: str = "no replica of the model is ready; try again later") -> ApiError:
