@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 # Ray Serve's fast path: HAProxy in front, one event loop for router and replica. See docs/notes.md.
-# The last two keep everything that Ray starts on loopback.
+# The last two keep everything that Ray starts on loopback. `env`, so that no shell stands between make and its signals.
 SERVE_ENV = RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_USAGE_STATS_ENABLED=0 \
 	RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=0 \
 	RAY_SERVE_HAPROXY_BINARY_PATH=$(CURDIR)/cluster/haproxy-loopback \
@@ -30,9 +30,9 @@ serve: setup
 	$(BIN)/python -m serve_app.config_file $(CONFIG)
 ifdef MODEL
 	sed 's|model: demo$$|model: "$(or $(realpath $(MODEL)),$(MODEL))"|' $(CONFIG) > $(VENV)/config.yaml
-	$(SERVE_ENV) $(BIN)/serve run $(VENV)/config.yaml
+	env $(SERVE_ENV) $(BIN)/python -m serve_app.run $(VENV)/config.yaml
 else
-	$(SERVE_ENV) $(BIN)/serve run $(CONFIG)
+	env $(SERVE_ENV) $(BIN)/python -m serve_app.run $(CONFIG)
 endif
 
 # Kernels run in Triton's interpreter, which must be chosen before Triton is imported: a run of their own.

@@ -40,6 +40,7 @@ class Server:
     Attributes:
         url: of the API, without /v1.
         log: all that it printed.
+        config: its configuration file.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class Server:
         self._ports = free_ports(5)
         self.url = f"http://127.0.0.1:{self._ports[0]}"
         self.log = folder / "serve.log"
-        (folder / "config.yaml").write_text(self._configuration(engine, limits or {}, service or {}))
+        self.config = folder / "config.yaml"
+        self.config.write_text(self._configuration(engine, limits or {}, service or {}))
         self._environment = self._variables(folder)
         self._process: subprocess.Popen[bytes] | None = None
         self._cleanup = ExitStack()
@@ -79,6 +81,13 @@ class Server:
 
     def __exit__(self, *exception: object) -> None:
         self._cleanup.close()
+
+    @property
+    def pid(self) -> int:
+        """Of the command."""
+        if self._process is None:
+            raise RuntimeError("it does not run")
+        return self._process.pid
 
     def driver(self) -> tuple[str, dict[str, str]]:
         """The address of its cluster, and the environment that a driver needs to connect there: that of the cluster."""
