@@ -4,7 +4,7 @@ Every running request has a slot: its row in the tables here. Rows are written w
 or gets a token; a step then only gathers from them, on the device, with no Python loop over tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,11 +65,23 @@ class HostBatch:
         return self.context_lens[self.sampling] - self.lookback
 
 
+@dataclass(slots=True)
+class TableNotes:
+    """What the host knows before the device does, on its way into the tables."""
+
+    prompts: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    """Slot and int32 tokens of requests that got it."""
+    guesses: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
+    """Slot, position of the first, int32 tokens."""
+    blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    """Slot, number of the first among the request's blocks, blocks."""
+
+
 class BatchTables:
     """Token ids and block tables of all running requests, on the device: one row for each slot, and one for padding.
 
     A step reads there what the step before it sampled, before the host knows it. What the host knows first (prompts and
-    blocks) is noted by `admit` and `grow` and sent by `flush`, in one copy.
+    blocks) is noted by `admit` and `grow`, and written by `flush`, in one copy.
 
     Args:
         max_num_seqs: number of slots; row `max_num_seqs` belongs to padding.
@@ -90,46 +102,43 @@ class BatchTables:
         self.block_table[self.padding_slot] = padding_block
         self._staging = staging
         self._num_blocks = [0] * max_num_seqs
-        self._new_prompts: list[tuple[int, np.ndarray]] = []
-        self._new_guesses: list[tuple[int, int, np.ndarray]] = []
-        self._new_blocks: list[tuple[int, int, list[int]]] = []
+        self.notes = TableNotes()
 
     def admit(self, request: Request) -> None:
         """Note the tokens and blocks of a request that has just got its slot."""
-        self._new_prompts.append((request.slot, np.array(request.token_ids, dtype=np.int32)))
+        self.notes.prompts.append((request.slot, np.array(request.token_ids, dtype=np.int32)))
         self._num_blocks[request.slot] = 0
         self.grow(request)
 
     def grow(self, request: Request) -> None:
         """Note the blocks that a request got since last time."""
         first, slot = self._num_blocks[request.slot], request.slot
-        self._new_blocks.append((slot, first, request.block_table[first:]))
+        self.notes.blocks.append((slot, first, request.block_table[first:]))
         self._num_blocks[slot] = len(request.block_table)
 
     def guess(self, request: Request, guesses: list[int]) -> None:
         """Note tokens that may follow those that a request has."""
-        self._new_guesses.append((request.slot, len(request.token_ids), np.array(guesses, dtype=np.int32)))
+        self.notes.guesses.append((request.slot, len(request.token_ids), np.array(guesses, dtype=np.int32)))
 
     def flush(self) -> None:
         """Write what was noted."""
-        if self._new_prompts:
-            slots, prompts = zip(*self._new_prompts, strict=True)
+        notes = self.notes
+        if notes.prompts:
+            slots, prompts = zip(*notes.prompts, strict=True)
             for slot, tokens in zip(slots, self._staging.send(*prompts), strict=True):
                 self.token_ids[slot, : len(tokens)] = tokens
-            self._new_prompts = []
-        if self._new_guesses:
-            sent = self._staging.send(*(guesses for _, _, guesses in self._new_guesses))
-            for (slot, first, _), own in zip(self._new_guesses, sent, strict=True):
+        if notes.guesses:
+            sent = self._staging.send(*(guesses for _, _, guesses in notes.guesses))
+            for (slot, first, _), own in zip(notes.guesses, sent, strict=True):
                 self.token_ids[slot, first : first + len(own)] = own
-            self._new_guesses = []
-        if self._new_blocks:
-            counts = np.array([len(blocks) for _, _, blocks in self._new_blocks])
-            slots_of_blocks = np.repeat(np.array([slot for slot, _, _ in self._new_blocks]), counts)
-            columns = np.concatenate([np.arange(first, first + len(blocks)) for _, first, blocks in self._new_blocks])
-            blocks = np.concatenate([np.array(blocks, dtype=np.int32) for _, _, blocks in self._new_blocks])
+        if notes.blocks:
+            counts = np.array([len(blocks) for _, _, blocks in notes.blocks])
+            slots_of_blocks = np.repeat(np.array([slot for slot, _, _ in notes.blocks]), counts)
+            columns = np.concatenate([np.arange(first, first + len(blocks)) for _, first, blocks in notes.blocks])
+            blocks = np.concatenate([np.array(blocks, dtype=np.int32) for _, _, blocks in notes.blocks])
             rows, columns_sent, blocks_sent = self._staging.send(slots_of_blocks, columns, blocks)
             self.block_table.index_put_((rows, columns_sent), blocks_sent)
-            self._new_blocks = []
+        self.notes = TableNotes()
 
     def build(self, step: Step) -> HostBatch:
         """Work out a step's rows."""
