@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG = {
@@ -27,7 +26,7 @@ CONFIG = {
 
 def make_adapter(
     path: Path,
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     *,
     rank: int = 4,
     seed: int = 0,
@@ -57,7 +56,7 @@ def write_adapter(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]
     save_file(tensors, path / "adapter_model.safetensors")
 
 
-def merge(model: PreTrainedModel, changes: dict[str, Tensor], sign: float = 1.0) -> None:
+def merge(model: torch.nn.Module, changes: dict[str, Tensor], sign: float = 1.0) -> None:
     """Add an adapter to a model's own weights, or take it off again."""
     for name, change in changes.items():
         module = model.get_submodule(name)

@@ -12,8 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from openai import OpenAI
 
+from engine.weights.hub import resolve_model
+from engine.weights.safetensors_checkpoint import SafetensorsCheckpoint
+from tests.adapters import write_adapter
 from tests.integration.server import MAKE_SERVE, ROOT, Server
 
 ENGINE: dict[str, Any] = {"kv_cache_memory": "128MiB", "max_num_seqs": 8, "max_num_waiting": 48, "num_threads": 1}
@@ -25,9 +29,30 @@ PATIENCE_S = 30.0
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     folder = Path(tempfile.mkdtemp(prefix="q3s-"))
-    with Server(folder, MAKE_SERVE, ENGINE, LIMITS) as running:
+    make_demo_adapter(folder / "adapters" / "loud", seed=1)
+    adapters = {"max_loras": 2, "lora_folder": str(folder / "adapters")}
+    with Server(folder, MAKE_SERVE, ENGINE | adapters, LIMITS) as running:
         yield running
     shutil.rmtree(folder)
+
+
+def make_demo_adapter(path: Path, seed: int) -> None:
+    """A LoRA adapter of the demo model with random weights."""
+    torch.manual_seed(seed)
+    shapes = SafetensorsCheckpoint(resolve_model("demo")).tensors
+    tensors = {}
+    for name, info in shapes.items():
+        if name.endswith("q_proj.weight"):
+            layer = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{layer}.lora_A.weight"] = torch.randn(4, info.shape[1]) * 0.1
+            tensors[f"{layer}.lora_B.weight"] = torch.randn(info.shape[0], 4) * 0.1
+    write_adapter(path, {"peft_type": "LORA", "r": 4, "lora_alpha": 8}, tensors)
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(server: Server) -> Path:
+    """Where the service finds adapters."""
+    return server.log.parent / "adapters"
 
 
 @pytest.fixture(scope="session")

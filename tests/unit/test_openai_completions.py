@@ -322,6 +322,20 @@ def test_all_prompts_together_are_limited():
     assert found.param == "prompt" and found.code == "prompt_too_long" and "30" in found.message
 
 
+def test_an_adapter_is_asked_for_by_the_models_name():
+    model = dataclasses.replace(MODEL, has_adapters=True)
+    assert [request.adapter for request in completions(model=model, n=2).requests] == ["", ""]
+    body = CompletionBody(model="demo:sql-1.5", prompt="Hello")
+    adapted = Completions(body, model)
+    assert adapted.requests[0].adapter == "sql-1.5"
+    for name in ("demo:", "demo:../x", "demo:a:b", "other", "demo.sql", "demo:" + "a" * 65, "sql"):
+        with pytest.raises(ApiError, match="expected 'demo' or 'demo:ADAPTER'") as caught:
+            Completions(CompletionBody(model=name, prompt="Hello"), model)
+        assert (caught.value.status, caught.value.param) == (404, "model")
+    with pytest.raises(ApiError, match="'demo:sql' does not exist here, expected 'demo'$"):
+        Completions(CompletionBody(model="demo:sql", prompt="Hello"), MODEL)
+
+
 def test_filling_in_needs_a_tokenizer_that_knows_how():
     class Plain:
         """A tokenizer without special tokens."""
