@@ -7,6 +7,7 @@ for each step, in one wake-up of the loop. What a slow reader has not read is me
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ _Command = tuple[EngineRequest, GrammarState | None, AdapterHandle | None] | str
 
 STOP_TIMEOUT_S = 30.0
 """How long `stop` waits for the step in flight."""
+STEP_TIMEOUT_S = {"cuda": 60.0, "cpu": 600.0}
+"""How long a step may take unless told otherwise: a long prompt of a large model takes minutes on few cores."""
 
 
 class EngineStatus(StrEnum):
@@ -93,6 +96,9 @@ class AsyncEngine:
         self.eos_token_ids = self._engine.eos_token_ids
         self.status = EngineStatus.RUNNING
         self.fatal_error: str | None = None
+        self._step_timeout_s = config.step_timeout_s or STEP_TIMEOUT_S[self._engine.runner.device.type]
+        self._step_began_at: float | None = None
+        """When the step began that the thread is in, by `time.monotonic()`."""
         self._sinks: dict[str, Callable[[RequestOutput], None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake_up = threading.Condition()
@@ -164,9 +170,15 @@ class AsyncEngine:
         return self._engine.stats()
 
     def check_health(self) -> None:
-        """Raise EngineDeadError unless the engine runs."""
+        """Raise EngineDeadError unless the engine runs, and its last step has returned or began lately enough."""
         if self.status is not EngineStatus.RUNNING or not self._thread.is_alive():
             raise EngineDeadError(self.fatal_error or f"the engine is {self.status}")
+        began_at = self._step_began_at  # read once: the thread may be done with the step any moment
+        if began_at is not None and (taken_s := time.monotonic() - began_at) > self._step_timeout_s:
+            raise EngineDeadError(
+                f"a step has not returned for {taken_s:.0f} s, expected at most {self._step_timeout_s:g} "
+                "(step_timeout_s)"
+            )
 
     async def stop(self) -> None:
         """End all requests with reason `abort`, then the thread."""
@@ -211,7 +223,9 @@ class AsyncEngine:
         """The thread: take up what the loop sent, step, hand back outputs; until stopped."""
         try:
             while self._take_up():
+                self._step_began_at = time.monotonic()
                 outputs = self._engine.step()
+                self._step_began_at = None
                 report = None
                 if self._on_step is not None:
                     report = StepReport(self._engine.stats(), *self._engine.take_block_events())

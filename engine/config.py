@@ -79,7 +79,7 @@ class EngineConfig(BaseModel):
         1,
         ge=1,
         le=64,
-        description="devices of one machine that hold the model together; on a CPU, processes. See docs/tensor-parallel.md",
+        description="GPUs of this machine that hold the model together, or processes on a CPU: docs/tensor-parallel.md",
     )
     max_loras: int = Field(
         0, ge=0, le=64, description="most LoRA adapters in one step; so much device memory is set apart; 0: no adapters"
@@ -88,6 +88,12 @@ class EngineConfig(BaseModel):
     adapters: dict[str, str] = Field({}, description="adapters to load at the start: name and PEFT folder of each")
     lora_folder: str | None = Field(
         None, description="where `NAME/adapter_config.json` is looked up when a request first asks for adapter NAME"
+    )
+    step_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="seconds after which a step that does not return makes the engine unhealthy; "
+        "None: 60 on CUDA, 600 on CPU",
     )
     num_threads: int | None = Field(
         None, ge=1, description="CPU threads for tensor operations; None: all cores, or an equal part for each rank"

@@ -52,3 +52,8 @@ def kv_cache_bytes(config: EngineConfig, device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     in_use_at_peak = total - free + torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
     return int(config.gpu_memory_utilization * total) - in_use_at_peak
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an operation failed for want of memory alone: what was computed before it is as good as ever."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)

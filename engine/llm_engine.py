@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
+from engine.device import is_out_of_memory
 from engine.errors import QueueFullError, RequestError
 from engine.grammar import GrammarCompiler, GrammarState
 from engine.lora.handle import AdapterHandle
@@ -22,9 +23,9 @@ from engine.request import (
     Request,
     RequestOutput,
     RequestState,
-    SamplingParams,
     TokenLogprobs,
 )
+from engine.request_checks import RequestChecks
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, Step
 from engine.stats import EngineStats, PrefillRate, StageSeconds
@@ -33,6 +34,8 @@ from engine.weights.hub import resolve_model
 
 logger = logging.getLogger(__name__)
 
+MAX_FAILED_STEPS = 16
+"""So many steps in a row may run out of memory, each at the cost of a request; with one more the engine is broken."""
 NUM_FINISHED_STATES = 1024
 """How many ended requests can still be asked about."""
 
@@ -60,6 +63,7 @@ class LLMEngine:
         self._grammars = GrammarCompiler(self.tokenizer.to_json(), self.vocab_size, self.eos_token_ids)
         self.runner = ModelRunner(config, self.model_config, path, self.vocab_size)
         self.max_model_len = self.runner.max_model_len
+        self._checks = RequestChecks(self.vocab_size, self.max_model_len, self.eos_token_ids)
         self._pool = BlockPool(self.runner.num_blocks, config.enable_prefix_caching)
         self._scheduler = Scheduler(
             self._pool,
@@ -79,6 +83,7 @@ class LLMEngine:
             self._overlap = False
         self._in_flight: tuple[Step, LaunchedStep, float] | None = None
         self._num_steps = 0
+        self._num_failed_steps = 0
         self._step_s = 0.0
         self._stages = StageSeconds()
         self._prefill_rate = PrefillRate()
@@ -86,31 +91,7 @@ class LLMEngine:
 
     def validate(self, source: EngineRequest) -> None:
         """Raise RequestError if the request could never run. Safe to call from any thread."""
-        prompt, params = source.prompt_token_ids, source.params
-        if not prompt:
-            raise RequestError("the prompt has no tokens, expected at least 1", "prompt")
-        self._check_token_ids(prompt, "prompt")
-        self._check_token_ids(params.stop_token_ids, "stop_token_ids")
-        self._check_token_ids(tuple(params.logit_bias), "logit_bias")
-        self._check_token_ids(params.allowed_token_ids or (), "allowed_token_ids")
-        self._check_token_ids(params.logprob_token_ids, "logprob_token_ids")
-        for word in params.bad_word_ids:
-            self._check_token_ids(word, "bad_words")
-        self._check_token_ids(params.thinking.closing_ids if params.thinking is not None else (), "thinking")
-        self._check_a_token_is_possible(params)
-        if len(prompt) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, expected fewer than the context of {self.max_model_len}",
-                "prompt",
-            )
-        if params.max_tokens is not None and len(prompt) + params.max_tokens > self.max_model_len:
-            raise RequestError(
-                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} make "
-                f"{len(prompt) + params.max_tokens}, expected at most the context of {self.max_model_len}",
-                "max_tokens",
-            )
-        if source.output_token_ids:
-            self._check_output(source)
+        self._checks.check(source)
 
     def add_request(self, source: EngineRequest) -> None:
         """Queue a request.
@@ -208,17 +189,27 @@ class LLMEngine:
         def finish_in_flight() -> None:
             """Take in the step before, while the device works on this one's forward pass."""
             if self._in_flight is not None:
-                in_flight, self._in_flight = self._in_flight, None
-                outputs.extend(self._take_in(*in_flight))
+                outputs.extend(self._take_in(*self._in_flight))
+                self._in_flight = None
 
         before = stages.wait + stages.update
-        launched = (step, self.runner.launch(step, finish_in_flight), scheduled) if step.requests else None
+        launched = None
+        if step.requests:
+            try:
+                launched = (step, self.runner.launch(step, finish_in_flight), scheduled)
+                self._num_failed_steps = 0
+            except Exception as error:
+                self._num_failed_steps += 1
+                if not is_out_of_memory(error) or self._num_failed_steps > MAX_FAILED_STEPS:
+                    raise
+                finish_in_flight()
+                outputs += self._make_room(step, error)
         stages.launch += time.monotonic() - scheduled - (stages.wait + stages.update - before)
         if self._overlap:
             finish_in_flight()
             self._in_flight = launched
         elif launched is not None:
-            outputs = self._take_in(*launched)
+            outputs += self._take_in(*launched)
         self._step_s = time.monotonic() - start
         return outputs
 
@@ -271,41 +262,6 @@ class LLMEngine:
         """
         return self._pool.keys()
 
-    def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
-            bad = next(token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size)
-            raise RequestError(f"{param} has token id {bad}, expected 0 to {self.vocab_size - 1}", param)
-
-    def _check_output(self, source: EngineRequest) -> None:
-        """The output so far must be one that goes on."""
-        output, params = source.output_token_ids, source.params
-        self._check_token_ids(output, "output_token_ids")
-        room = self.max_model_len - len(source.prompt_token_ids)
-        most = room if params.max_tokens is None else params.max_tokens
-        if len(output) >= most:
-            raise RequestError(
-                f"output_token_ids has {len(output)} tokens, expected fewer than the {most} that may come",
-                "output_token_ids",
-            )
-        ends = set(params.stop_token_ids).union(() if params.ignore_eos else self.eos_token_ids)
-        if not ends.isdisjoint(output):
-            bad = next(token_id for token_id in output if token_id in ends)
-            raise RequestError(f"output_token_ids has token id {bad}, which ends the output", "output_token_ids")
-        if params.prompt_logprobs is not None:
-            raise RequestError(
-                "prompt_logprobs is set for a request that goes on; they came with its first token", "prompt_logprobs"
-            )
-
-    def _check_a_token_is_possible(self, params: SamplingParams) -> None:
-        """Before `min_tokens` the ids that end the output are banned, and other ids may not be allowed."""
-        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)}
-        if params.min_tokens and params.allowed_token_ids is not None and ends.issuperset(params.allowed_token_ids):
-            raise RequestError(
-                f"allowed_token_ids has only ids that end the output, expected others too as min_tokens is "
-                f"{params.min_tokens}",
-                "allowed_token_ids",
-            )
-
     def _take_in(self, step: Step, launched: LaunchedStep, launched_at: float) -> list[RequestOutput]:
         """Wait for a launched step, tell the scheduler its outcome and make the outputs."""
         waiting_since = time.monotonic()
@@ -348,6 +304,25 @@ class LLMEngine:
                 found = None if logprobs is None else [entry for _, _, entry in kept if entry is not None]
                 outputs.append(self._output(request, token_ids, found))
         return outputs
+
+    def _make_room(self, step: Step, error: Exception) -> list[RequestOutput]:
+        """Take back a step that ran out of memory, and end its largest request, of equal ones the newest.
+
+        The model's peak was measured before the first request, so this is for peaks that nobody foresaw.
+        """
+        self._scheduler.take_back(step)
+        live = [pair for pair in zip(step.num_new_tokens, step.requests, strict=True) if pair[1].finish_reason is None]
+        if not live:
+            return []
+        num_new, request = max(live, key=lambda pair: (pair[0], pair[1].priority, pair[1].arrival_index))
+        reason = (
+            f"out of memory in a step of {sum(step.num_new_tokens)} tokens, {num_new} of them this request's: "
+            f"{' '.join(str(error).split())[:200]}"
+        )
+        logger.error("request %s ends: %s", request.request_id, reason)
+        self._scheduler.finish(request, FinishReason.ERROR, reason)
+        self._forget(request)
+        return [RequestOutput(request.request_id, [], finish_reason=FinishReason.ERROR, error=reason)]
 
     def _fail_bad_requests(self, step: Step, result: StepResult) -> list[RequestOutput]:
         """End the requests whose logits are no numbers. The others go on."""

@@ -164,6 +164,17 @@ class Scheduler:
                 step.sampling += [index] * (1 + num_guesses)
         return step
 
+    def take_back(self, step: Step) -> None:
+        """Undo `schedule` for a step that was not launched. Requests that it admitted wait again."""
+        is_sampling = set(step.sampling)
+        for index, (request, start) in enumerate(zip(step.requests, step.starts, strict=True)):
+            if request.finish_reason is not None:
+                continue
+            request.num_pending_tokens -= index in is_sampling
+            request.num_computed_tokens = start
+            if request in step.admitted:
+                self._preempt(request)
+
     def update(self, step: Step, sampled_token_ids: Sequence[int]) -> list[Request | None]:
         """Take in a step's outcome: `sampled_token_ids[i]` is the new token of request `step.sampling[i]`.
 
