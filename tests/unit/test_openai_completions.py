@@ -332,7 +332,7 @@ def test_an_adapter_is_asked_for_by_the_models_name():
         with pytest.raises(ApiError, match="expected 'demo' or 'demo:ADAPTER'") as caught:
             Completions(CompletionBody(model=name, prompt="Hello"), model)
         assert (caught.value.status, caught.value.param) == (404, "model")
-    with pytest.raises(ApiError, match="'demo:sql' does not exist here, expected 'demo'$"):
+    with pytest.raises(ApiError, match=r"'demo:sql' does not exist here, expected 'demo'$"):
         Completions(CompletionBody(model="demo:sql", prompt="Hello"), MODEL)
 
 
