@@ -18,7 +18,8 @@ def build_app(args: ServiceConfig) -> Application:
     has_gpus = ray.cluster_resources().get("GPU", 0) >= 1
     num_gpus = 1 if args.engine.device == "cuda" or (has_gpus and args.engine.device == "auto") else 0
     engine = EngineReplica.options(  # type: ignore[attr-defined]  # a Deployment since its decorator
-        ray_actor_options={"num_cpus": 0.5, "num_gpus": num_gpus}
+        ray_actor_options={"num_cpus": 0.5, "num_gpus": num_gpus},
+        request_router_config={"request_router_class": "serve_app.router:KvAwareRouter"},
     ).bind(args.engine, args.model_name)
     return Ingress.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": 0.25}

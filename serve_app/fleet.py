@@ -48,17 +48,32 @@ class Attempt(Protocol):
     """Where the router sent it; None until it has chosen."""
     avoid: frozenset[str]
     """Replicas that failed earlier attempts: to be chosen only where there are no others."""
-    num_received: int
-    """Tokens that came from the replica so far: while it is 0, the prompt waits or is being computed."""
+
+    @property
+    def num_received(self) -> int:
+        """Tokens that came from the replica so far: while it is 0, the prompt waits or is being computed."""
 
     def put(self, output: RequestOutput) -> None:
-        """Take what a replica produced since the last time."""
+        """Take what the replica produced since the last time."""
 
-    def put_all(self, output: RequestOutput) -> None:
-        """Take all that a replica produced since it began, parts of which may be known."""
+    def put_whole(self, output: RequestOutput) -> None:
+        """Take all that the replica produced since it began, parts of which may be known."""
+
+    def accept(self) -> None:
+        """The replica has taken it."""
 
     def lose(self, loss: Loss) -> None:
         """Nothing more will come."""
+
+
+class FleetObserver(Protocol):
+    """For a router that keeps a ledger."""
+
+    def first_token(self, attempt: Attempt, output: RequestOutput) -> None:
+        """An attempt's prompt is computed; `output` is its first."""
+
+    def ended(self, attempt: Attempt) -> None:
+        """An attempt is over, whatever came of it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,12 +82,12 @@ class ReplicaView:
 
     replica_id: str
     open_steps: OpenSteps
+    updated_s: float
+    """When it last told anything, or was first heard of; by `time.monotonic()`."""
     load: ReplicaLoad | None = None
-    """The latest; None until the replica has told."""
+    """The latest; None as long as there is no step stream."""
     block_keys: set[bytes] = field(default_factory=set)
     """Keys of the KV blocks that its prefix cache can find, see `engine.block_pool.block_keys`."""
-    updated_s: float = 0.0
-    """When it last told anything, by `time.monotonic()`."""
     num_attempts: int = 0
     """How many of this process's attempts it has."""
     is_leaving: bool = False
@@ -95,12 +110,14 @@ class Fleet:
         replicas: those that take requests, and those that leave but still have attempts; by replica id.
         attempts: those that have not ended, by the id of their request.
         block_size: tokens of a KV block, as keys of blocks go by it; None until attached.
+        observer: told of first tokens and ends, if the router wants to know.
     """
 
     def __init__(self) -> None:
         self.replicas: dict[str, ReplicaView] = {}
         self.attempts: dict[str, Attempt] = {}
         self.block_size: int | None = None
+        self.observer: FleetObserver | None = None
         self._ingress_id: str | None = None
         self._decoder = msgspec.msgpack.Decoder(StepUpdate)
         self._watch: asyncio.Task[None] | None = None
@@ -124,6 +141,8 @@ class Fleet:
     def end(self, attempt: Attempt) -> None:
         """For EngineClient: what still comes for an attempt is of no interest."""
         del self.attempts[attempt.request.request_id]
+        if self.observer is not None:
+            self.observer.ended(attempt)
         view = self.replicas.get(attempt.replica_id or "")
         if view is not None:
             view.num_attempts -= 1
@@ -154,11 +173,18 @@ class Fleet:
         if attempt.num_received:  # the first had not refused at all: what comes now would repeat
             attempt.lose(Loss.DIED)
 
+    def accepted(self, request_id: str, replica_id: str) -> None:
+        """For the router: this replica has taken an attempt."""
+        self.assign(request_id, replica_id)
+        attempt = self.attempts.get(request_id)
+        if attempt is not None:
+            attempt.accept()
+
     def replicas_changed(self, openers: Mapping[str, OpenSteps]) -> None:
         """For the router: these replicas take requests now, and no others."""
         for replica_id, open_steps in openers.items():
             if replica_id not in self.replicas:
-                view = self.replicas[replica_id] = ReplicaView(replica_id, open_steps)
+                view = self.replicas[replica_id] = ReplicaView(replica_id, open_steps, updated_s=time.monotonic())
                 self._follow(view)
         for view in list(self.replicas.values()):
             view.is_leaving = view.replica_id not in openers
@@ -185,7 +211,9 @@ class Fleet:
         for output in update.outputs:
             attempt = self.attempts.get(output.request_id)
             if attempt is not None and attempt.replica_id == replica_id:
-                (attempt.put_all if update.is_snapshot else attempt.put)(output)
+                if self.observer is not None and not attempt.num_received and output.token_ids:
+                    self.observer.first_token(attempt, output)
+                (attempt.put_whole if update.is_snapshot else attempt.put)(output)
 
     def _follow(self, view: ReplicaView) -> None:
         if self._ingress_id is not None:
@@ -206,6 +234,7 @@ class Fleet:
                         self.apply(view.replica_id, update)
             except (ConnectionError, msgspec.DecodeError) as error:
                 logger.info("the step stream of %s ended: %s", view.replica_id, error)
+            view.load = None
             await asyncio.sleep(REOPEN_DELAY_S)
 
     async def _watch_replicas(self) -> None:

@@ -60,7 +60,9 @@ class Ingress:
 
     async def __init__(self, config: ServiceConfig, engine: DeploymentHandle) -> None:  # type: ignore[misc]  # awaited
         self._config = config
-        self._client = EngineClient(engine)
+        context = serve.get_replica_context()
+        self._id = context.replica_id.unique_id
+        self._client = EngineClient(engine, self._id, config.engine.block_size)
         names = engine.app_name, engine.deployment_name
         self._fleet = fleet_of(*names)
         self._status = Status(partial(deployment_details, *names))
@@ -68,8 +70,6 @@ class Ingress:
         self._grammars = GrammarChecker(config.limits)
         self._encoder = msgspec.json.Encoder()
         self._served: ServedModel | None = None
-        context = serve.get_replica_context()
-        self._id = context.replica_id.unique_id
         self.measured = IngressMetrics(config)
         ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
         self._fleet_metrics = FleetMetrics([ingresses, engine], config.model_name)

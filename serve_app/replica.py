@@ -8,22 +8,22 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
 
 import msgspec
 from ray import serve
 
-from engine.async_engine import AsyncEngine, EngineStatus
+from engine.async_engine import AsyncEngine, EngineStatus, StepReport
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, QueueFullError, RequestError
-from engine.request import EngineRequest, FinishReason, RequestOutput
+from engine.request import EngineRequest, RequestOutput
 from engine.weights.hub import resolve_model
 from serve_app.load_report import LoadReport
 from serve_app.metrics.engine import replica_registry
 from serve_app.metrics.process import Snapshot, process_id, samples_of
 from serve_app.metrics.ray_export import RayExport
+from serve_app.step_sender import StepSenders
 from serve_app.terminal import say
-from serve_app.wire import ModelInfo, Refusal, RefusalKind, ReplicaMessage
+from serve_app.wire import EngineResult, ModelInfo, Refusal, RefusalKind
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,11 +44,12 @@ class EngineReplica:
     async def __init__(self, config: EngineConfig, model_name: str) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         try:
             # On a thread, as it takes minutes for a large model and Ray talks to this loop meanwhile.
-            self._engine = await asyncio.to_thread(AsyncEngine, config)
+            self._engine = await asyncio.to_thread(AsyncEngine, config, self._step_done)
         except Exception as error:
             say(f"the engine cannot start: {error}")
             raise
         self._folder = resolve_model(config.model, config.revision)
+        self._senders = StepSenders(self._engine.stats())
         self._decoder = msgspec.msgpack.Decoder(EngineRequest)
         self._encoder = msgspec.msgpack.Encoder()
         self._load = LoadReport(config.max_num_seqs)
@@ -57,21 +58,46 @@ class EngineReplica:
         self._exporting = asyncio.create_task(RayExport(self._registry, labels).run())
         logger.info("%s is loaded: context of %d tokens", config.model, self._engine.max_model_len)
 
-    async def generate(self, encoded: bytes) -> AsyncGenerator[bytes, None]:
-        """Run one EngineRequest (msgpack); yields ReplicaMessages (msgpack). Cancelling the call aborts the request."""
-        yield self._encoder.encode(ReplicaMessage())
+    async def generate(self, request_id: str, ingress_id: str, encoded: bytes) -> AsyncGenerator[bytes, None]:
+        """Run a request to its end; cancelling the call aborts it. What it produces goes to the ingress's step stream.
+
+        A stream of one item, as Ray tells the caller at once that a replica has taken a streaming call. A plain one it
+        would send again to another replica, if this one died meanwhile.
+
+        Args:
+            request_id: that of the request; routers see it here.
+            ingress_id: see `steps`.
+            encoded: the EngineRequest (msgpack).
+
+        Yields:
+            The EngineResult (msgpack).
+        """
         try:
-            made = cast(AsyncGenerator[RequestOutput, None], self._engine.generate(self._decoder.decode(encoded)))
-            async with aclosing(made) as outputs:
-                async for output in outputs:
-                    self._raise_if_dead(output)
-                    yield self._encoder.encode(ReplicaMessage(output))
+            result = EngineResult(await self._run(ingress_id, self._decoder.decode(encoded)))
         except RequestError as error:
-            yield self._refuse(RefusalKind.BAD_REQUEST, str(error), error.param)
+            result = _refusal(RefusalKind.BAD_REQUEST, str(error), error.param)
         except QueueFullError as error:
-            yield self._refuse(RefusalKind.OVERLOADED, str(error))
+            result = _refusal(RefusalKind.OVERLOADED, str(error))
         except EngineDeadError as error:
-            yield self._refuse(RefusalKind.UNAVAILABLE, str(error))
+            result = _refusal(RefusalKind.UNAVAILABLE, str(error))
+        except _EngineEndedError as error:
+            result = _refusal(RefusalKind.ENGINE_ENDED, str(error))
+        yield self._encoder.encode(result)
+
+    async def steps(self, ingress_id: str) -> AsyncGenerator[bytes, None]:
+        """StepUpdates (msgpack) for an ingress: at most one for each step, at least one for each HEARTBEAT_S.
+
+        Args:
+            ingress_id: any name, the same as in its calls of `generate`. A stream ends when another one is opened for
+                the same ingress.
+
+        Raises:
+            EngineDeadError: the engine does not run (any more).
+        """
+        async with aclosing(self._senders.updates(ingress_id)) as updates:
+            async for update in updates:
+                self._engine.check_health()
+                yield self._encoder.encode(update)
 
     async def info(self) -> bytes:
         """ModelInfo (msgpack)."""
@@ -112,13 +138,42 @@ class EngineReplica:
         if hasattr(self, "_engine"):
             await self._engine.stop()
 
-    def _raise_if_dead(self, output: RequestOutput) -> None:
-        """A request that ended on the engine's fault can be sent again; one that ended on its own cannot."""
-        if output.finish_reason is FinishReason.ERROR and self._engine.status is EngineStatus.DEAD:
-            raise EngineDeadError(output.error)
+    async def _run(self, ingress_id: str, request: EngineRequest) -> RequestOutput:
+        """All that a request produced."""
+        request_id = request.request_id
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def _refuse(self, kind: RefusalKind, message: str, param: str | None = None) -> bytes:
-        return self._encoder.encode(ReplicaMessage(refusal=Refusal(kind, message, param)))
+        def take(output: RequestOutput) -> None:
+            is_last = output.finish_reason is not None
+            # Where the engine has ended, the request did not end by itself and can go on elsewhere.
+            if not is_last or self._engine.status is EngineStatus.RUNNING:
+                self._senders.put(ingress_id, output)
+            if is_last and not ended.done():
+                ended.set_result(None)
+
+        buffer = self._senders.begin(ingress_id, request_id)
+        try:
+            await self._engine.submit(request, take)
+            try:
+                await ended
+            finally:
+                self._engine.drop(request_id)
+        finally:
+            self._senders.end(ingress_id, request_id)
+        if not buffer.is_finished:
+            raise _EngineEndedError(self._engine.fatal_error or "the replica has been stopped")
+        return buffer.whole()
+
+    def _step_done(self, report: StepReport) -> None:
+        self._senders.step_done(report)
+
+
+class _EngineEndedError(Exception):
+    """The engine ended while it had a request."""
+
+
+def _refusal(kind: RefusalKind, message: str, param: str | None = None) -> EngineResult:
+    return EngineResult(refusal=Refusal(kind, message, param))
 
 
 def _fingerprint(folder: Path) -> str:

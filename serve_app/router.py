@@ -7,6 +7,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from serve_app.fleet import fleet_of
+from serve_app.placer import placer_of
 from serve_app.ray_private import deployment_of, stream_of
 
 
@@ -16,6 +17,7 @@ class KvAwareRouter(RequestRouter):
     def initialize_state(self, **kwargs: Any) -> None:
         """For Ray Serve, once the router is there."""
         self._fleet = fleet_of(*deployment_of(self))
+        self._placer = placer_of(*deployment_of(self))
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -28,12 +30,15 @@ class KvAwareRouter(RequestRouter):
         views = [view for view in self._fleet.candidates(attempt) if view.replica_id in known]
         views.sort(key=lambda view: view.num_attempts)
         if attempt is not None and views:
+            views = await self._placer.rank(attempt, views)
             self._fleet.assign(attempt.request.request_id, views[0].replica_id)
         return [[known[view.replica_id]] for view in views] or [candidate_replicas]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
         """For Ray Serve: a replica has accepted a request."""
-        self._fleet.assign(_request_id(pending_request), replica_id.unique_id)
+        request_id = _request_id(pending_request)
+        self._placer.sent(request_id, replica_id.unique_id)
+        self._fleet.accepted(request_id, replica_id.unique_id)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """For Ray Serve: these replicas take requests now."""

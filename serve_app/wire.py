@@ -8,28 +8,29 @@ from engine.request import RequestOutput
 
 
 class RefusalKind(StrEnum):
-    """Why a replica did not take a request."""
+    """Why a replica did not take a request, or gave it up."""
 
     BAD_REQUEST = "bad_request"
     OVERLOADED = "overloaded"
     UNAVAILABLE = "unavailable"
+    """Its engine had ended before; another replica can take the request."""
+    ENGINE_ENDED = "engine_ended"
+    """Its engine ended while it had the request, which another replica can go on with."""
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True):
-    """A request that was not taken."""
+    """A request that was not taken, or given up."""
 
     kind: RefusalKind
     message: str
     param: str | None = None
 
 
-class ReplicaMessage(msgspec.Struct, frozen=True, array_like=True):
-    """One item of a request's stream: what it produced since the last, or why it was refused.
-
-    An empty one comes first: a replica has the request.
-    """
+class EngineResult(msgspec.Struct, frozen=True, array_like=True):
+    """How a request ended: all it produced, or why the replica does not run it to its end."""
 
     output: RequestOutput | None = None
+    """All tokens from the request's start, whatever the step stream told already, and the finish reason."""
     refusal: Refusal | None = None
 
 

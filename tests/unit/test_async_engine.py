@@ -6,9 +6,10 @@ import threading
 import pytest
 
 from engine import AsyncEngine, EngineConfig
-from engine.async_engine import EngineStatus, merge_outputs
+from engine.async_engine import EngineStatus, StepReport
 from engine.errors import EngineDeadError, QueueFullError, RequestError
 from engine.llm import LLM
+from engine.output_buffer import OutputBuffer
 from engine.request import EngineRequest, FinishReason, RequestOutput, RequestStatus, SamplingParams
 from tests.tiny_models import make_tiny_qwen3
 
@@ -35,10 +36,10 @@ def request(name: str, prompt=(1, 2, 3), max_tokens=12, **fields) -> EngineReque
 
 
 async def collect(engine: AsyncEngine, source: EngineRequest) -> RequestOutput:
-    output = None
-    async for new in engine.generate(source):
-        output = new if output is None else merge_outputs(output, new)
-    return output
+    buffer = OutputBuffer()
+    async for output in engine.generate(source):
+        buffer.put(output)
+    return buffer.whole()
 
 
 async def until_idle(engine: AsyncEngine) -> None:
@@ -171,3 +172,34 @@ async def test_one_wake_up_of_the_loop_per_step(engine):
     finally:
         del loop.call_soon_threadsafe
     assert calls <= engine.stats().num_steps
+
+
+async def test_a_listener_sees_every_step_after_its_outputs(checkpoint):
+    reports: list[StepReport] = []
+    outputs: list[RequestOutput] = []
+    num_outputs: list[int] = []
+
+    def listen(report: StepReport) -> None:
+        reports.append(report)
+        num_outputs.append(len(outputs))
+
+    engine = AsyncEngine(EngineConfig(model=str(checkpoint), **FIELDS), listen)
+    await engine.submit(request("r", prompt=range(1, 20), max_tokens=8), outputs.append)
+    while not (outputs and outputs[-1].finish_reason):
+        await asyncio.sleep(0.001)
+    await engine.stop()
+    assert num_outputs == sorted(num_outputs) and num_outputs[-1] == len(outputs) == 8
+    assert [report.stats.num_steps for report in reports] == sorted({report.stats.num_steps for report in reports})
+    stored = {key for report in reports for key in report.stored}
+    assert len(stored) >= 19 // FIELDS["block_size"]
+
+
+async def test_a_dropped_request_ends_without_another_output(engine):
+    outputs: list[RequestOutput] = []
+    await engine.submit(request("r", max_tokens=400), outputs.append)
+    while not outputs:
+        await asyncio.sleep(0.001)
+    assert engine.drop("r") and not engine.drop("r")
+    num_outputs = len(outputs)
+    await until_idle(engine)
+    assert len(outputs) == num_outputs and engine.request_state("r").finish_reason is FinishReason.ABORT

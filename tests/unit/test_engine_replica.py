@@ -1,20 +1,24 @@
-"""EngineReplica without Ray around it: the real engine, and the messages that an ingress gets."""
+"""EngineReplica without Ray around it: the real engine, and what an ingress gets: results and step streams."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
 import pytest
 
 from engine.config import EngineConfig
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, EngineDeadError
+from engine.output_buffer import OutputBuffer
 from engine.request import EngineRequest, FinishReason, SamplingParams
 from serve_app.replica import EngineReplica
-from serve_app.wire import ModelInfo, RefusalKind, ReplicaMessage
+from serve_app.steps import StepUpdate
+from serve_app.wire import EngineResult, ModelInfo, RefusalKind
 
 Replica = EngineReplica.func_or_class  # type: ignore[attr-defined]
 PROMPT = [5, 6, 7]
+INGRESS = "ingress"
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'EngineReplica.__del__' was never awaited")
 """Ray Serve awaits it; the garbage collector, in the end, does not."""
 
@@ -41,43 +45,121 @@ def request(request_id: str, prompt: list[int] = PROMPT, **params: Any) -> bytes
     )
 
 
-async def messages(replica: Any, encoded: bytes) -> list[ReplicaMessage]:
-    return [msgspec.msgpack.decode(item, type=ReplicaMessage) async for item in replica.generate(encoded)]
+async def run(replica: Any, request_id: str, ingress_id: str = INGRESS, **fields: Any) -> EngineResult:
+    [item] = [item async for item in replica.generate(request_id, ingress_id, request(request_id, **fields))]
+    return msgspec.msgpack.decode(item, type=EngineResult)
 
 
-async def test_a_request_is_acknowledged_then_answered(replica: Any):
-    first, *rest = await messages(replica, request("r"))
-    assert first == ReplicaMessage()
-    assert sum(len(message.output.token_ids) for message in rest) == 4
-    assert rest[-1].output.finish_reason is FinishReason.LENGTH
+async def steps(replica: Any, ingress_id: str = INGRESS) -> AsyncGenerator[StepUpdate, None]:
+    async with aclosing(replica.steps(ingress_id)) as items:
+        async for item in items:
+            yield msgspec.msgpack.decode(item, type=StepUpdate)
+
+
+async def read(updates: AsyncGenerator[StepUpdate, None], request_id: str, num_tokens: int) -> OutputBuffer:
+    """Read a stream until so many tokens of a request have come."""
+    buffer = OutputBuffer()
+    async for update in updates:
+        for output in update.outputs:
+            if output.request_id == request_id:
+                (buffer.put_whole if update.is_snapshot else buffer.put)(output)
+        if len(buffer.token_ids) >= num_tokens:
+            break
+    return buffer
+
+
+async def test_stream_and_result_tell_the_same(replica: Any):
+    async with aclosing(steps(replica)) as updates:
+        first = await anext(updates)
+        assert first.is_snapshot and first.seq == 0 and first.load.num_running == 0
+        running = asyncio.create_task(run(replica, "r", logprobs=1))
+        streamed = await read(updates, "r", 4)
+        result = (await running).output
+    assert streamed.whole() == result and result.finish_reason is FinishReason.LENGTH
+    assert len(result.token_ids) == len(result.logprobs) == 4
+
+
+async def test_each_ingress_hears_of_its_own_requests_but_of_the_load_of_all(replica: Any):
+    async with aclosing(steps(replica, "one")) as one, aclosing(steps(replica, "other")) as other:
+        await anext(one), await anext(other)
+        running = asyncio.create_task(run(replica, "r", "one", max_tokens=300))
+        heard = await anext(other)
+        while not heard.load.num_running:
+            heard = await anext(other)
+            assert not heard.outputs
+        assert len((await read(one, "r", 300)).token_ids) == 300
+        await running
+
+
+async def test_a_stream_opened_anew_tells_all_and_ends_the_one_before(replica: Any):
+    running = asyncio.create_task(run(replica, "r", max_tokens=300))
+    first = steps(replica)
+    assert len((await read(first, "r", 10)).token_ids) >= 10
+    second = steps(replica)
+    streamed = await read(second, "r", 300)
+    assert [update async for update in first] == []
+    assert streamed.whole() == (await running).output
+    await second.aclose()
+
+
+async def test_blocks_in_the_cache_are_told(replica: Any):
+    prompt = list(range(5, 5 + 64))
+    async with aclosing(steps(replica)) as updates:
+        running = asyncio.create_task(run(replica, "r", prompt=prompt, max_tokens=300))
+        keys: set[bytes] = set()
+        async for update in updates:
+            assert not keys.intersection(update.stored)
+            keys.update(update.stored)
+            if any(output.finish_reason for output in update.outputs):
+                break
+        await running
+    assert len(keys) >= 64 // 16
+    snapshot = await anext(again := steps(replica))
+    assert set(snapshot.stored) == keys
+    await again.aclose()
 
 
 async def test_a_request_that_cannot_run_is_refused_with_its_reason(replica: Any):
-    _, message = await messages(replica, request("r", prompt=[10**6]))
-    assert message.refusal.kind is RefusalKind.BAD_REQUEST and message.refusal.param == "prompt"
+    refusal = (await run(replica, "r", prompt=[10**6])).refusal
+    assert refusal.kind is RefusalKind.BAD_REQUEST and refusal.param == "prompt"
 
 
-async def test_more_than_may_wait_are_refused(replica: Any):
-    """One runs and one waits."""
-    running, waiting = (replica.generate(request(f"r{number}", max_tokens=4000)) for number in range(2))
-    for _ in range(2):
-        await anext(running)
-    await anext(waiting)
-    first_output = asyncio.create_task(anext(waiting))
+async def test_an_id_in_use_is_refused_and_its_owner_goes_on(replica: Any):
+    running = asyncio.create_task(run(replica, "r", max_tokens=300))
     await asyncio.sleep(0)
-    _, message = await messages(replica, request("another"))
-    assert message.refusal.kind is RefusalKind.OVERLOADED
-    first_output.cancel()
-    await asyncio.gather(first_output, return_exceptions=True)
-    await running.aclose()
+    for ingress_id in (INGRESS, "other"):
+        assert (await run(replica, "r", ingress_id)).refusal.kind is RefusalKind.BAD_REQUEST
+    assert len((await running).output.token_ids) == 300
 
 
-async def test_an_engine_that_has_stopped_is_unavailable_and_not_healthy(replica: Any):
+async def test_more_than_may_wait_are_refused_and_cancelling_frees(replica: Any):
+    """One runs and one waits."""
+    tasks = [asyncio.create_task(run(replica, "running", max_tokens=4000))]
+    async with aclosing(steps(replica)) as updates:
+        await read(updates, "running", 1)
+    tasks.append(asyncio.create_task(run(replica, "waiting", max_tokens=4000)))
+    await asyncio.sleep(0)
+    assert (await run(replica, "another")).refusal.kind is RefusalKind.OVERLOADED
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    while (await replica.stats())["num_running"]:
+        await asyncio.sleep(0.001)
+    assert (await run(replica, "another")).output is not None
+
+
+async def test_an_engine_that_ends_gives_its_requests_up_without_a_last_output(replica: Any):
     await replica.check_health()
+    updates = steps(replica)
+    running = asyncio.create_task(run(replica, "r", max_tokens=4000))
+    await read(updates, "r", 1)
     await replica.__del__()
-    _, message = await messages(replica, request("r"))
-    assert message.refusal.kind is RefusalKind.UNAVAILABLE
-    with pytest.raises(Exception, match="stopped"):
+    assert (await running).refusal.kind is RefusalKind.ENGINE_ENDED
+    with pytest.raises(EngineDeadError):
+        async for update in updates:
+            assert not any(output.finish_reason for output in update.outputs)
+    assert (await run(replica, "another")).refusal.kind is RefusalKind.UNAVAILABLE
+    with pytest.raises(EngineDeadError, match="stopped"):
         await replica.check_health()
 
 
