@@ -275,7 +275,7 @@ class Placement:
             since_s = state.updated_s - step_s - DELIVERY_S
             ahead = queue.num_waiting_tokens(num_waiting_tokens, since_s, self._miss_share)
         # The last token is always computed: its logits are wanted.
-        num_cached = min(num_blocks * prompt.block_size, prompt.num_tokens - 1)
+        num_cached = min(num_blocks, (prompt.num_tokens - 1) // prompt.block_size) * prompt.block_size
         uncached = prompt.num_tokens - num_cached
         num_tokens = load.num_prefill_tokens + ahead + uncached
         in_use = 1 - (load.num_free_blocks - num_tokens / prompt.block_size) / load.num_blocks
