@@ -1,4 +1,4 @@
-"""Three times what the service can do: who is admitted gets a first token in time, others are told when to come back."""
+"""Three times what the service can do: who is admitted gets a first token in time, others hear when to come back."""
 
 import asyncio
 import itertools
