@@ -36,6 +36,7 @@ def attend_tiles(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,  # what is multiplied
+    WINDOW: tl.constexpr,  # how many keys up to its last one a row sees; 0: all
 ) -> tl.tensor:
     """Attention to the keys of tiles first_tile … stop_tile - 1, with an online softmax in base 2.
 
@@ -70,7 +71,12 @@ def attend_tiles(
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
         if first_key + BLOCK_N > num_common:
             scores = tl.where(first_key + key[None, :] <= last_key[:, None], scores, float("-inf"))
+        if WINDOW > 0:
+            scores = tl.where(first_key + key[None, :] > last_key[:, None] - WINDOW, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
+        if WINDOW > 0:
+            # A row may see no key of its block's first tiles. A finite maximum makes their weights 0, not NaN.
+            new_maximum = tl.maximum(new_maximum, -1e30)
         decay = tl.exp2(maximum - new_maximum)[:, None]
         weights = tl.exp2(scores * scale - new_maximum[:, None])
         total = total * decay + (weights if IS_SMALL else tl.sum(weights, axis=1, keep_dims=True))
@@ -205,8 +211,26 @@ def matmul_dtype(query: Tensor, k_cache: Tensor) -> torch.dtype:
     return torch.float16 if k_cache.dtype == FLOAT8 else query.dtype
 
 
+def check_window(window: int | None) -> int:
+    """The kernels' WINDOW.
+
+    Raises:
+        ValueError: a window of no token.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}, expected at least 1, or None")
+    return window or 0
+
+
 def attend_reference(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, block_ids: Tensor, position: int, scale: float, scales: tuple
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_ids: Tensor,
+    position: int,
+    scale: float,
+    scales: tuple[float, float],
+    window: int | None,
 ) -> Tensor:
     """softmax(scale · q · Kᵀ) · V for consecutive tokens of one request, in float32.
 
@@ -216,6 +240,7 @@ def attend_reference(
         block_ids: [max_blocks] blocks of the request, in order.
         position: place of query's first token in the request.
         scales: (k_scale, v_scale), what stored keys and values are multiplied by.
+        window: how many keys up to its own a token sees; None: all.
 
     Returns:
         [num_tokens, num_heads, head_dim], the dtype of query.
@@ -230,5 +255,7 @@ def attend_reference(
     )
     scores = torch.einsum("thd,khd->htk", query.float(), keys) * scale
     visible = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=query.device).tril(position)
+    if window is not None:
+        visible = visible.triu(position - window + 1)
     weights = scores.masked_fill_(~visible, -math.inf).softmax(dim=-1)
     return torch.einsum("htk,khd->thd", weights, values).to(query.dtype)

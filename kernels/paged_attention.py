@@ -18,6 +18,7 @@ from kernels.attention_common import (
     attend_reference,
     attend_tiles,
     check_attention,
+    check_window,
     matmul_dtype,
     output_like,
     softmax_scale_base2,
@@ -76,6 +77,7 @@ def paged_attention_reference(
     softmax_scale: float | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    window: int | None = None,
     output: Tensor | None = None,
 ) -> Tensor:
     """As `paged_attention`, one query block after another."""
@@ -84,7 +86,7 @@ def paged_attention_reference(
     for request, row, num_tokens, position in query_blocks.tolist():
         rows = slice(row, row + num_tokens)
         output[rows] = attend_reference(
-            query[rows], k_cache, v_cache, block_table[request], position, scale, (k_scale, v_scale)
+            query[rows], k_cache, v_cache, block_table[request], position, scale, (k_scale, v_scale), window
         )
     return output
 
@@ -114,6 +116,7 @@ def _paged_attention_kernel(
     BLOCK_M: tl.constexpr,  # rows of a tile of queries: GROUP for each token
     BLOCK_N: tl.constexpr,  # keys of a tile
     DTYPE: tl.constexpr,  # what is multiplied
+    WINDOW: tl.constexpr,  # how many keys up to its own a token sees; 0: all
 ) -> None:
     # Grid: one program for each query block and KV head; the heads of a block run together and end together.
     entry_ptr = query_blocks_ptr + (tl.program_id(0) // NUM_KV_HEADS).to(tl.int64) * 4
@@ -131,13 +134,14 @@ def _paged_attention_kernel(
         query_ptr + query_rows * query_row_stride + query_heads * query_head_stride + dim, mask=is_token, other=0.0
     ).to(DTYPE)
     num_keys = position + num_tokens
+    first_tile = tl.maximum(position + 1 - WINDOW, 0) // BLOCK_N if WINDOW > 0 else 0
     values, total, _ = attend_tiles(
         query,
         position + token,
         k_cache_ptr + kv_head * head_stride,
         v_cache_ptr + kv_head * head_stride,
         block_table_ptr + tl.load(entry_ptr).to(tl.int64) * table_stride,
-        0,
+        first_tile,
         tl.cdiv(num_keys, BLOCK_N),
         position + 1,
         num_keys,
@@ -149,6 +153,7 @@ def _paged_attention_kernel(
         BLOCK_M,
         BLOCK_N,
         DTYPE,
+        WINDOW,
     )
     result = values * (v_scale / total)[:, None]
     tl.store(
@@ -182,6 +187,7 @@ def paged_attention(
     softmax_scale: float | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    window: int | None = None,
     output: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each new token over its request's tokens up to itself. Nothing waits for the device.
@@ -196,6 +202,7 @@ def paged_attention(
         tokens_per_block: the number that `plan_query_blocks` was given.
         softmax_scale: head_dim ** -0.5 if None.
         k_scale, v_scale: what stored keys and values are to be multiplied by.
+        window: how many tokens up to itself a token sees; None: all.
         output: shape and dtype of query, where to write; None: a new tensor. Rows of no query block are not written.
 
     Returns:
@@ -218,6 +225,7 @@ def paged_attention(
             softmax_scale=softmax_scale,
             k_scale=k_scale,
             v_scale=v_scale,
+            window=window,
             output=output,
         )
     _, block_size, num_kv_heads, head_dim = k_cache.shape
@@ -244,6 +252,7 @@ def paged_attention(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         DTYPE=TRITON_TYPES[matmul_dtype(query, k_cache)],
+        WINDOW=check_window(window),
         num_warps=num_warps,
         num_stages=num_stages,
     )
@@ -270,16 +279,19 @@ def compile_cases() -> list[CompileCase]:
     """Prompts of Qwen3-0.6B (16 query heads for 8) and 8B (32 for 8), speculative tokens, and the other paths."""
     bf16, fp16 = torch.bfloat16, torch.float16
     shapes = [
-        # num_heads, num_kv_heads, head_dim, block_size, num_tokens, query dtype, cache dtype
+        # num_heads, num_kv_heads, head_dim, block_size, num_tokens, query dtype, cache dtype, window
         (16, 8, 128, 16, 4096, bf16, bf16),
         (28, 4, 128, 256, 4096, fp16, fp16),
         (32, 8, 128, 16, 4, bf16, bf16),
         (8, 4, 256, 16, 32, bf16, bf16),
         (32, 8, 128, 16, 4096, bf16, FLOAT8),
+        (32, 8, 128, 16, 4096, bf16, bf16, 4096),
+        (32, 8, 128, 16, 4, bf16, bf16, 4096),
     ]
     return [
         CompileCase(
-            name=f"paged_attention {shape[0]}/{shape[1]}x{shape[2]} {shape[6]} of {shape[3]}, {shape[4]} tokens",
+            name=f"paged_attention {shape[0]}/{shape[1]}x{shape[2]} {shape[6]} of {shape[3]}, {shape[4]} tokens"
+            + (f", window {shape[7]}" if len(shape) > 7 else ""),
             launch=partial(_launch_on_meta, *shape),
             min_capability=89 if shape[6] == FLOAT8 else 80,
             wgmma=shape[4] * shape[0] // shape[1] >= 64,
@@ -297,9 +309,10 @@ def _launch_on_meta(
     num_tokens: int,
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
+    window: int | None = None,
 ) -> Tensor:
     query = torch.empty(num_tokens, num_heads, head_dim, dtype=dtype, device="meta")
     cache = torch.empty(1024, block_size, num_kv_heads, head_dim, dtype=cache_dtype, device="meta")
     table, blocks = (torch.empty(7, width, dtype=torch.int32, device="meta") for width in (512, 4))
     tokens_per_block = tokens_per_query_block(num_tokens, num_heads // num_kv_heads)
-    return paged_attention(query, cache, cache, table, blocks, tokens_per_block)
+    return paged_attention(query, cache, cache, table, blocks, tokens_per_block, window=window)

@@ -20,6 +20,7 @@ from kernels.attention_common import (
     attend_reference,
     attend_tiles,
     check_attention,
+    check_window,
     matmul_dtype,
     output_like,
     softmax_scale_base2,
@@ -60,6 +61,7 @@ def paged_decode_reference(
     softmax_scale: float | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    window: int | None = None,
     output: Tensor | None = None,
 ) -> Tensor:
     """As `paged_decode`, one request after another."""
@@ -71,9 +73,15 @@ def paged_decode_reference(
             continue
         row = slice(request, request + 1)
         output[row] = attend_reference(
-            query[row], k_cache, v_cache, block_table[request], context_len - 1, scale, (k_scale, v_scale)
+            query[row], k_cache, v_cache, block_table[request], context_len - 1, scale, (k_scale, v_scale), window
         )
     return output
+
+
+@triton.jit
+def _first_tile(context_lens: tl.tensor, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr) -> tl.tensor:
+    """The first tile that is seen."""
+    return tl.maximum(context_lens - WINDOW, 0) // BLOCK_N if WINDOW > 0 else context_lens * 0
 
 
 @triton.jit
@@ -82,10 +90,13 @@ def _num_tiles(
     requests: tl.tensor,  # [CHUNK]
     batch_size: tl.tensor,
     BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
 ) -> tl.tensor:
-    """Tiles of keys [CHUNK] of each request: at least one, so that empty contexts are written too; 0 past the batch."""
+    """Tiles of keys [CHUNK] that each request sees: at least one, so that empty contexts are written too; 0 past the
+    batch."""
     context_lens = tl.load(context_lens_ptr + requests, mask=requests < batch_size, other=0)
-    return tl.where(requests < batch_size, tl.maximum(tl.cdiv(context_lens, BLOCK_N), 1), 0)
+    seen = tl.cdiv(context_lens, BLOCK_N) - _first_tile(context_lens, BLOCK_N, WINDOW)
+    return tl.where(requests < batch_size, tl.maximum(seen, 1), 0)
 
 
 @triton.jit
@@ -101,13 +112,14 @@ def _find_request(
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
 ) -> tl.tensor:
     """(the request that has the given unit of work, its first unit)."""
     request = 0
     first_unit = 0
     for first in range(0, batch_size, CHUNK):
         requests = first + tl.arange(0, CHUNK)
-        units = _num_tiles(context_lens_ptr, requests, batch_size, BLOCK_N) * NUM_KV_HEADS
+        units = _num_tiles(context_lens_ptr, requests, batch_size, BLOCK_N, WINDOW) * NUM_KV_HEADS
         # Never so for the last request, nor for what is past it.
         is_before = first_unit + tl.cumsum(units, axis=0) <= unit
         num_before, units_before = tl.reduce(
@@ -198,21 +210,23 @@ def _paged_decode_kernel(
     BLOCK_N: tl.constexpr,  # keys of a tile
     CHUNK: tl.constexpr,  # requests looked at together
     DTYPE: tl.constexpr,  # what is multiplied
+    WINDOW: tl.constexpr,  # how many of its last tokens a request sees; 0: all
 ) -> None:
     # A unit of work is one tile of keys of one KV head of one request. This program has those from `unit` to `stop`.
     num_units = 0
     for first in range(0, batch_size, CHUNK):
-        tiles = _num_tiles(context_lens_ptr, first + tl.arange(0, CHUNK), batch_size, BLOCK_N)
+        tiles = _num_tiles(context_lens_ptr, first + tl.arange(0, CHUNK), batch_size, BLOCK_N, WINDOW)
         num_units += tl.sum(tiles, axis=0) * NUM_KV_HEADS
     span = tl.cdiv(num_units, tl.num_programs(0))
     unit = tl.program_id(0) * span
     stop = tl.minimum(unit + span, num_units)
     if unit >= stop:
         return
-    request, request_unit = _find_request(context_lens_ptr, unit, batch_size, NUM_KV_HEADS, BLOCK_N, CHUNK)
+    request, request_unit = _find_request(context_lens_ptr, unit, batch_size, NUM_KV_HEADS, BLOCK_N, CHUNK, WINDOW)
     while unit < stop:
         context_len = tl.load(context_lens_ptr + request)
-        num_tiles = tl.maximum(tl.cdiv(context_len, BLOCK_N), 1)
+        unseen_tiles = _first_tile(context_len, BLOCK_N, WINDOW)
+        num_tiles = tl.maximum(tl.cdiv(context_len, BLOCK_N) - unseen_tiles, 1)
         kv_head = (unit - request_unit) // num_tiles
         # The head's units are head_unit … head_unit + num_tiles - 1; this program's among them:
         head_unit = request_unit + kv_head * num_tiles
@@ -232,8 +246,8 @@ def _paged_decode_kernel(
             k_cache_ptr + cache_offset,
             v_cache_ptr + cache_offset,
             block_table_ptr + request.to(tl.int64) * table_stride,
-            first_tile,
-            stop_tile,
+            unseen_tiles + first_tile,
+            unseen_tiles + stop_tile,
             context_len,
             context_len,
             scale,
@@ -244,6 +258,7 @@ def _paged_decode_kernel(
             BLOCK_M,
             BLOCK_N,
             DTYPE,
+            WINDOW,
         )
         # An empty context has no maximum; its result is zero.
         result = tl.where(context_len > 0, values * (v_scale / total)[:, None], 0.0)
@@ -290,6 +305,7 @@ def paged_decode(
     softmax_scale: float | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    window: int | None = None,
     output: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token per request over all tokens of the request. Nothing waits for the device.
@@ -304,6 +320,7 @@ def paged_decode(
         scratch: from `decode_scratch`. None: allocated here, at the cost of one more launch.
         softmax_scale: head_dim ** -0.5 if None.
         k_scale, v_scale: what stored keys and values are to be multiplied by.
+        window: how many of a request's last tokens are seen; None: all.
         output: shape and dtype of query, where to write; None: a new tensor.
 
     Returns:
@@ -331,6 +348,7 @@ def paged_decode(
             softmax_scale=softmax_scale,
             k_scale=k_scale,
             v_scale=v_scale,
+            window=window,
             output=output,
         )
     _, block_size, num_kv_heads, head_dim = k_cache.shape
@@ -371,6 +389,7 @@ def paged_decode(
         BLOCK_N=block_n,
         CHUNK=32 if len(query) <= 32 else 128,
         DTYPE=TRITON_TYPES[matmul_dtype(query, k_cache)],
+        WINDOW=check_window(window),
         num_warps=4,
         num_stages=num_stages,
         maxnreg=MAX_REGISTERS if block_m < 64 else None,
@@ -382,16 +401,18 @@ def compile_cases() -> list[CompileCase]:
     """Qwen3-0.6B (16 query heads for 8) and 8B (32 for 8), and the other paths."""
     bf16, fp32 = torch.bfloat16, torch.float32
     shapes = [
-        # num_heads, num_kv_heads, head_dim, batch_size, query dtype, cache dtype
+        # num_heads, num_kv_heads, head_dim, batch_size, query dtype, cache dtype, window
         (16, 8, 128, 1, bf16, bf16),
         (32, 8, 128, 64, bf16, bf16),
         (8, 4, 256, 64, bf16, bf16),
         (32, 8, 128, 64, bf16, FLOAT8),
         (16, 8, 128, 64, fp32, fp32),
+        (32, 8, 128, 64, bf16, bf16, 4096),
     ]
     return [
         CompileCase(
-            name=f"paged_decode {shape[0]}/{shape[1]}x{shape[2]} {shape[5]}, batch {shape[3]}",
+            name=f"paged_decode {shape[0]}/{shape[1]}x{shape[2]} {shape[5]}, batch {shape[3]}"
+            + (f", window {shape[6]}" if len(shape) > 6 else ""),
             launch=partial(_launch_on_meta, *shape),
             min_capability=89 if shape[5] == FLOAT8 else 80,
             max_spill_bytes=128,  # around the loop over tiles, not in it
@@ -401,9 +422,16 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _launch_on_meta(
-    num_heads: int, num_kv_heads: int, head_dim: int, batch_size: int, dtype: torch.dtype, cache_dtype: torch.dtype
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    window: int | None = None,
 ) -> Tensor:
     query = torch.empty(batch_size, num_heads, head_dim, dtype=dtype, device="meta")
     cache = torch.empty(1024, 16, num_kv_heads, head_dim, dtype=cache_dtype, device="meta")
     table = torch.empty(batch_size, 512, dtype=torch.int32, device="meta")
-    return paged_decode(query, cache, cache, table, torch.empty(batch_size, dtype=torch.int32, device="meta"))
+    lens = torch.empty(batch_size, dtype=torch.int32, device="meta")
+    return paged_decode(query, cache, cache, table, lens, window=window)

@@ -48,7 +48,9 @@ class PagedCache:
                 rows.append(new.float())
         return cls(*caches, table, *kept)
 
-    def attend(self, request: int, query: Tensor, position: int, scale: float | None = None) -> Tensor:
+    def attend(
+        self, request: int, query: Tensor, position: int, scale: float | None = None, window: int | None = None
+    ) -> Tensor:
         """Causal attention of query [num_tokens, num_heads, head_dim], its first token at `position`, in float32."""
         num_tokens, num_heads, _ = query.shape
         num_keys = position + num_tokens
@@ -57,5 +59,6 @@ class PagedCache:
             for rows in (self.keys, self.values)
         )
         mask = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=query.device).tril(position)
+        mask = mask if window is None else mask.triu(position - window + 1)
         q = query.float().transpose(0, 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(0, 1)

@@ -57,7 +57,8 @@ def check(
     start = 0
     for request, (query_len, before) in enumerate(requests):
         rows = slice(start, start + query_len)
-        expected = cache.attend(request, query[rows], before, scale) * scales.get("v_scale", 1.0)
+        expected = cache.attend(request, query[rows], before, scale, scales.get("window"))
+        expected = expected * scales.get("v_scale", 1.0)
         torch.testing.assert_close(output[rows].float(), expected, rtol=tolerance, atol=tolerance)
         start += query_len
     assert output[num_tokens:].isnan().all(), "rows of no query block are not written"
@@ -89,6 +90,28 @@ def test_float8_cache_is_scaled(dtype, query_len):
     """Tiles of 16, 64 and 128 rows, which convert values in two ways."""
     scales = {"k_scale": 0.5, "v_scale": 3.0, "softmax_scale": 0.2}
     check([(query_len, 90), (1, 0)], head_dim=128, dtype=dtype, cache_dtype=FLOAT8, **scales)
+
+
+@settings(interpreted, max_examples=10)
+@given(
+    requests=REQUESTS,
+    window=st.integers(1, 200),
+    group_size=st.sampled_from([1, 3]),
+    block_size=st.sampled_from([16, 128]),
+    seed=st.integers(0, 9),
+)
+def test_a_token_sees_its_window_alone(**shapes):
+    check(**shapes)
+
+
+@pytest.mark.parametrize("window", [1, 63, 64, 65, 129])
+def test_windows_at_the_edges_of_tiles(window):
+    check([(70, 190), (1, 128), (4, 300)], window=window)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_windows_of_every_dtype(dtype):
+    check([(70, 100), (1, 40)], head_dim=128, dtype=dtype, window=50)
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
@@ -182,6 +205,7 @@ GOOD = {
         ("query_blocks is torch.int64", {"query_blocks": torch.zeros(1, 4, dtype=torch.int64)}),
         ("query_blocks is torch.int32", {"query_blocks": torch.zeros(4, dtype=torch.int32)}),
         ("query_blocks is torch.int32", {"query_blocks": torch.zeros(4, 4, dtype=torch.int32).T}),
+        ("window is 0, expected at least 1", {"window": 0}),
         ("softmax_scale -1", {"softmax_scale": -1.0}),
         ("output is torch.float16", {"output": torch.zeros(2, 4, 64, dtype=torch.float16)}),
         ("block_size of the caches is 512", {name: torch.zeros(1, 512, 2, 64) for name in ("k_cache", "v_cache")}),

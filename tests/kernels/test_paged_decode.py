@@ -70,7 +70,8 @@ def check(
     for request, context_len in enumerate(context_lens):
         expected = torch.zeros(1, *query.shape[1:])
         if context_len:
-            expected = cache.attend(request, query[request : request + 1], context_len - 1, scale)
+            row = query[request : request + 1]
+            expected = cache.attend(request, row, context_len - 1, scale, scales.get("window"))
         expected = expected[0] * scales.get("v_scale", 1.0)
         torch.testing.assert_close(output[request].float(), expected, rtol=tolerance, atol=tolerance)
     reference = paged_decode_reference(*tensors, **scales)
@@ -103,6 +104,24 @@ def test_dtypes_and_head_dims(dtype, head_dim):
 def test_float8_cache_is_scaled(dtype):
     scales = {"k_scale": 0.5, "v_scale": 3.0, "softmax_scale": 0.2}
     check([1, 150, 64], head_dim=128, dtype=dtype, cache_dtype=FLOAT8, num_programs=5, **scales)
+
+
+@settings(interpreted, max_examples=10)
+@given(
+    context_lens=st.lists(st.integers(0, 400), min_size=1, max_size=4),
+    window=st.integers(1, 300),
+    num_kv_heads=st.sampled_from([1, 2]),
+    num_programs=st.sampled_from([1, 3, 8]),
+    order=st.sampled_from(["first to last", "last to first", "mixed"]),
+    seed=st.integers(0, 9),
+)
+def test_a_window_of_the_last_tokens(**shapes):
+    check(**shapes)
+
+
+@pytest.mark.parametrize("window", [1, 127, 128, 129, 1000])
+def test_windows_at_the_edges_of_tiles(window):
+    check([256, 257, 300, 1], window=window)
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
@@ -210,6 +229,7 @@ GOOD = {
         ("block_table is torch.int64", {"block_table": torch.zeros(2, 1, dtype=torch.int64)}),
         ("block_table has 1 rows", {"block_table": torch.zeros(1, 1, dtype=torch.int32)}),
         ("context_lens is torch.int64", {"context_lens": torch.ones(2, dtype=torch.int64)}),
+        ("window is -1, expected at least 1", {"window": -1}),
         ("softmax_scale 0.0", {"softmax_scale": 0.0}),
         ("k_scale nan", {"k_scale": float("nan")}),
         ("output is torch.float32", {"output": torch.zeros(2, 4, 128)}),
