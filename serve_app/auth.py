@@ -108,6 +108,11 @@ class ApiKeys:
         self._callers = [(bytes.fromhex(key.sha256), Caller(key)) for key in keys]
         self._everybody = Caller()
 
+    @property
+    def callers(self) -> list[Caller]:
+        """The owners of all keys; without any keys, everybody."""
+        return [caller for _, caller in self._callers] or [self._everybody]
+
     def caller(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
         """The owner of the key in a request's headers: `Authorization: Bearer KEY`, or `X-Api-Key: KEY`.
 

@@ -29,9 +29,11 @@ from serve_app.metrics.ingress import IngressMetrics
 from serve_app.metrics.process import Snapshot, samples_of
 from serve_app.metrics.ray_export import RayExport
 from serve_app.metrics.requests import meter_of
+from serve_app.metrics.service import AdmissionCollector, RoutingCollector
 from serve_app.openai.endpoint import Endpoint, ServedModel, adapter_of, model_not_found
 from serve_app.openai.errors import ApiError, internal_error, unavailable
 from serve_app.openai.generation import Delta, Generation
+from serve_app.placer import placer_of
 from serve_app.ray_private import deployment_details
 from serve_app.routes import Conversion, EndpointClass, build_http_app
 from serve_app.status import Status
@@ -71,6 +73,8 @@ class Ingress:
         self._encoder = msgspec.json.Encoder()
         self._served: ServedModel | None = None
         self.measured = IngressMetrics(config)
+        self.measured.registry.register(AdmissionCollector(self.admission.queue))
+        self.measured.registry.register(RoutingCollector(placer_of(*names).counters, self._client.num_migrations))
         ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
         self._fleet_metrics = FleetMetrics([ingresses, engine], config.model_name)
         labels = {"model_name": config.model_name, "ingress": self._id}

@@ -90,9 +90,11 @@ def build_http_app(service: Service, config: ServiceConfig) -> FastAPI:
     for path, (body, conversion) in CONVERTING.items():
         _add_post(app, path, body, _call(service.convert, body, conversion))
     _describe_bodies(app)
+    keys = ApiKeys(config.api_keys)
+    service.measured.expect(GENERATING, keys)
     app.add_middleware(
         Gate,
-        keys=ApiKeys(config.api_keys),
+        keys=keys,
         open_routes=open_routes,
         most_header_bytes=config.limits.header_bytes,
         respond=error_response,

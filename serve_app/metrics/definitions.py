@@ -64,8 +64,6 @@ COUNT_BUCKETS = (
 N_BUCKETS = (1, 2, 5, 10, 20)
 BLOCK_BUCKETS = (.001, .01, .1, .5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600)  # fmt: skip
 """Seconds in a KV block's life."""
-ERROR_BUCKETS = (.001, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30)  # fmt: skip
-"""Seconds by which a prediction is wrong."""
 
 _C, _G, _H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 _INGRESS, _REPLICA, _CONTROLLER = Process.INGRESS, Process.REPLICA, Process.CONTROLLER
@@ -153,6 +151,44 @@ _ALL = (
     Definition(
         "key_tokens_total", _C, _INGRESS, "Tokens by the key's name and kind: prompt (cached ones included), cached, "
         "generated.", ("key", "kind"),
+    ),
+    Definition(
+        "key_refused_total", _C, _INGRESS, "Requests that the limits of a key refused, by its name and the limit.",
+        ("key", "reason"),
+    ),
+    # Admission.
+    Definition("admission_queued_requests", _G, _INGRESS, "Requests that wait in the ingress for their turn."),
+    Definition("admission_queued_tokens", _G, _INGRESS, "Prompt tokens of these."),
+    Definition(
+        "admission_sent_requests", _G, _INGRESS, "Requests that were sent to replicas and have no token yet.",
+    ),
+    Definition(
+        "admission_tokens_per_second", _G, _INGRESS, "Rate at which the replicas take up this ingress's prompts; what "
+        "Retry-After is computed from.",
+    ),
+    Definition(
+        "admission_refused_total", _C, _INGRESS, "Requests refused for want of capacity: queue_full or "
+        "waited_too_long.", ("reason",),
+    ),
+    # Routing and migration.
+    Definition(
+        "router_decisions_total", _C, _INGRESS, "Requests by why they went where they did: cached (no replica held a "
+        "longer prefix), load (another did, but would have taken longer), cold (none held any).", ("reason",),
+    ),
+    Definition("router_prompt_tokens_total", _C, _INGRESS, "Prompt tokens of requests that were placed."),
+    Definition(
+        "router_predicted_cached_tokens_total", _C, _INGRESS, "Those of them that the router expected in the chosen "
+        "replica's cache.",
+    ),
+    Definition("router_cached_tokens_total", _C, _INGRESS, "Those of them that were there."),
+    Definition(
+        "router_predicted_ttft_seconds_total", _C, _INGRESS, "Sum of the router's predictions of the time from "
+        "placement to first token.",
+    ),
+    Definition("router_ttft_seconds_total", _C, _INGRESS, "Sum of the times that it took."),
+    Definition(
+        "migrations_total", _C, _INGRESS, "Requests sent on to another replica, by what became of the first: died, "
+        "silent, engine_fault.", ("reason",),
     ),
     # What runs.
     Definition("build_info", _G, _INGRESS, "1; the labels tell versions.", ("version", "ray")),

@@ -1,23 +1,28 @@
 """What an ingress measures, and the middleware that does so around every request."""
 
+from collections.abc import Iterable
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
 
-from serve_app.config import ServiceConfig
+from serve_app.auth import ApiKeys
+from serve_app.config import ModelConfig, Slo
 from serve_app.metrics.process import counter, gauge, histogram
+from serve_app.metrics.service import KeyCollector
 from serve_app.wire import ModelInfo
+
+OUTCOMES = ("ok", "client_error", "shed", "error", "cancelled")
+"""See `requests_total`."""
 
 
 class IngressMetrics:
-    """The metrics of one ingress process. Of what happens per token, only `inter_token_latency` is counted.
+    """What one ingress process measures of one model. Of what happens per token, only `inter_token_latency` is counted.
 
     Args:
         config: has the objective that requests are held against.
     """
 
-    def __init__(self, config: ServiceConfig) -> None:
-        self.slo = config.slo
+    def __init__(self, config: ModelConfig) -> None:
         registry = self.registry = CollectorRegistry()
         self.requests = counter(registry, "requests_total")
         self.open = gauge(registry, "requests_open")
@@ -42,15 +47,45 @@ class IngressMetrics:
         self.slo_good_tokens = counter(registry, "slo_good_tokens_total")
         self.key_requests = counter(registry, "key_requests_total")
         self.key_tokens = counter(registry, "key_tokens_total")
-        target = gauge(registry, "slo_target_seconds")
-        target.labels("ttft").set(config.slo.ttft_s)
-        target.labels("tpot").set(config.slo.tpot_s)
-        gauge(registry, "slo_target_ratio").set(config.slo.ratio)
+        self._target = gauge(registry, "slo_target_seconds")
+        self._target_ratio = gauge(registry, "slo_target_ratio")
+        self.hold_against(config.slo)
         gauge(registry, "build_info").labels(version("qwen3-serve"), version("ray")).set(1)
         self._model_info = gauge(registry, "model_info")
-        for objective in ("ttft", "tpot", "all"):  # the first failure must be a rise, not a series that appears
-            self.slo_good.labels(objective)
+        self._begin_at_zero()
+
+    def expect(self, endpoints: Iterable[str], keys: ApiKeys) -> None:
+        """Tell which requests there will be, and whose."""
+        self.registry.register(KeyCollector(keys))
+        for endpoint in endpoints:
+            for outcome in OUTCOMES:
+                self.requests.labels(endpoint, outcome)
+        for name in ("", *(caller.name for caller in keys.callers)):
+            for outcome in OUTCOMES:
+                self.key_requests.labels(name, outcome)
+            for kind in ("prompt", "cached", "generated"):
+                self.key_tokens.labels(name, kind)
+
+    def hold_against(self, slo: Slo) -> None:
+        """Hold requests that end from now on against this objective."""
+        self.slo = slo
+        self._target.labels("ttft").set(slo.ttft_s)
+        self._target.labels("tpot").set(slo.tpot_s)
+        self._target_ratio.set(slo.ratio)
 
     def describe(self, info: ModelInfo) -> None:
         """Tell which model is served."""
         self._model_info.labels(info.fingerprint, str(info.max_model_len)).set(1)
+
+    def _begin_at_zero(self) -> None:
+        """The first failure must be a rise: Prometheus sees none where a series only appears."""
+        for objective in ("ttft", "tpot", "all"):
+            self.slo_good.labels(objective)
+        for phase in ("waiting", "streaming"):
+            self.cancelled.labels(phase)
+        for code in ("rate_limit_exceeded", "key_limit_exceeded", "service_unavailable"):
+            self.shed.labels(code)
+        for code in ("internal_error", "service_unavailable"):
+            self.failed.labels(code)
+        for reason in ("stop", "length", "tool_calls"):
+            self.success.labels(reason)
