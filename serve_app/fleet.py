@@ -134,6 +134,13 @@ class Fleet:
         for view in self.replicas.values():
             self._follow(view)
 
+    def close(self) -> None:
+        """Close all step streams."""
+        for view in list(self.replicas.values()):
+            self._drop(view)
+        if self._watch is not None:
+            self._watch.cancel()
+
     def begin(self, attempt: Attempt) -> None:
         """For EngineClient: an attempt is about to be sent."""
         self.attempts[attempt.request.request_id] = attempt
