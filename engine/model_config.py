@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -64,7 +64,10 @@ class ModelConfig(BaseModel):
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = Field(None, ge=1)
-    """Tokens that attention looks back on; None: all."""
+    """Tokens up to itself that a token sees in layers with a window; None: there are none. See `layer_windows`."""
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
+    max_window_layers: int | None = Field(None, ge=0)
+    """Where `layer_types` does not say: layers from this one on have the window."""
     num_experts: int | None = Field(None, ge=1)
     num_experts_per_tok: int = Field(8, ge=1)
     moe_intermediate_size: int | None = Field(None, ge=1)
@@ -90,7 +93,10 @@ class ModelConfig(BaseModel):
         values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
         values.setdefault("num_experts", values.get("num_local_experts"))
         values["mlp_only_layers"] = values.get("mlp_only_layers") or ()
-        if values.get("use_sliding_window") is False:
+        if values.get("model_type") == "qwen3_moe":  # which has a window in all layers or in none
+            values.pop("max_window_layers", None)
+        # Qwen's files name a window without using it.
+        if not values.get("use_sliding_window", not str(values.get("model_type")).startswith("qwen")):
             values["sliding_window"] = None
         # Only where the file is silent: Qwen3's head_dim is not hidden_size / num_attention_heads.
         if values.get("head_dim") is None and values.get("hidden_size") and values.get("num_attention_heads"):
@@ -104,14 +110,23 @@ class ModelConfig(BaseModel):
                 f"num_attention_heads is {self.num_attention_heads}, expected a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries, expected {self.num_hidden_layers}")
+        if self.sliding_window is None and "sliding_attention" in (self.layer_types or ()):
+            raise ValueError("layer_types has sliding_attention, but there is no sliding_window")
         return self
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """For each layer, how many tokens up to itself a token sees; None: all."""
+        if self.layer_types is not None:
+            return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+        first = min(self.max_window_layers or 0, self.num_hidden_layers)
+        return (None,) * first + (self.sliding_window,) * (self.num_hidden_layers - first)
 
     @property
     def context_length(self) -> int:
         """The longest context the model is meant for: what it was trained on, or that stretched."""
-        if self.sliding_window is not None:
-            # Within the window all is attended to; attention itself knows no windows.
-            return min(self.max_position_embeddings, self.sliding_window)
         trained, rope = self.max_position_embeddings, self.rope
         if rope.rope_type in ("linear", "dynamic"):
             return int(trained * rope.factor)

@@ -90,11 +90,6 @@ class ModelRunner:
             )
 
         longest = config.max_model_len or model_config.context_length
-        if model_config.sliding_window is not None and longest > model_config.sliding_window:
-            raise ConfigError(
-                f"max_model_len is {longest}, expected at most the sliding window of {model_config.sliding_window}: "
-                "attention over part of a context is not supported"
-            )
         trained = model_config.max_position_embeddings
         self._cos_sin = build_cos_sin(model_config.rope, model_config.head_dim, longest, trained, self.device)
         self._kv_spec = KvCacheSpec.of(model_config, config.block_size, cache_dtype)

@@ -30,7 +30,7 @@ _SIGNATURES = {
     "linear": "ppppnnn",
     "linear_int8": "pppppnnn",
     "linear_int4": "ppppppnnn",
-    "paged_attention": "ppppppp" + "nnnnnnx",
+    "paged_attention": "ppppppp" + "nnnnnnnx",
 }
 """p: pointer, n: whole number, x: number."""
 
@@ -170,7 +170,14 @@ def linear_int4(x: Tensor, weight: Tensor, scale_zero: Tensor, bias: Tensor | No
 
 
 def paged_attention(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor, block_tables: Tensor, lengths: Tensor, output: Tensor
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    output: Tensor,
+    window: int | None = None,
 ) -> bool:
     """Attention of single tokens: query row rows[i] over the first lengths[i] tokens of the blocks block_tables[i].
 
@@ -179,6 +186,7 @@ def paged_attention(
         k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], contiguous, the dtype of query.
         rows, lengths: int64 [n], contiguous.
         block_tables: int32 [n, max_blocks], contiguous rows.
+        window: how many of these tokens, the last ones, are attended to; None: all.
 
     Returns:
         Whether it was done.
@@ -190,7 +198,8 @@ def paged_attention(
     pointers = (query, k_cache, v_cache, rows, block_tables, lengths, output)
     function(
         *(tensor.data_ptr() for tensor in pointers),
-        *(len(rows), block_tables.stride(0), query.shape[1], num_kv_heads, head_dim, block_size, head_dim**-0.5),
+        *(len(rows), block_tables.stride(0), query.shape[1], num_kv_heads, head_dim, block_size, window or 0),
+        head_dim**-0.5,
     )
     return True
 

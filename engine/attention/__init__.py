@@ -42,10 +42,11 @@ def create_backend(
             f"attention_backend 'triton' does not take head_dim {model.head_dim} with block_size {block_size} on "
             f"{staging.device.type}; expected {HEAD_DIMS} with {BLOCK_SIZES} on cuda, or attention_backend: auto"
         )
+    windows = set(model.layer_windows)
     if choice == "torch":
-        return TorchAttention(block_size, staging)
+        return TorchAttention(block_size, staging, windows)
     if on_triton:
         return TritonAttention(model, staging)
     if staging.device.type == "cpu" and cache_dtype == dtype and CpuAttention.supports(model, dtype):
-        return CpuAttention(block_size, staging)
-    return TorchAttention(block_size, staging)
+        return CpuAttention(block_size, staging, windows)
+    return TorchAttention(block_size, staging, windows)

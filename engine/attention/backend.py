@@ -39,7 +39,7 @@ class AttentionBackend(Protocol):
         """
         ...
 
-    def forward(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Any) -> Tensor:
+    def forward(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Any, window: int | None = None) -> Tensor:
         """Attend, with scale 1/√head_dim. The step's own keys and values are in the caches already.
 
         Args:
@@ -47,6 +47,7 @@ class AttentionBackend(Protocol):
             k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim] of one layer, of query's dtype or
                 float8_e4m3fn.
             plan: what `plan` returned for this step.
+            window: how many tokens up to itself a token sees, one of the model's `layer_windows`; None: all.
 
         Returns:
             [num_tokens, num_heads, head_dim].

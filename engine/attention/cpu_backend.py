@@ -1,5 +1,6 @@
 """Attention on a CPU: single tokens straight from the block table in C++, prompts as in plain torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,14 +28,16 @@ class _Plan:
     """One step: requests with one new token, and pieces of those with several."""
 
     single: _SingleTokens | None
-    prompts: list[Piece]
+    prompts: dict[int | None, list[Piece]]
+    """By window."""
 
 
 class CpuAttention:
     """The backend for CPUs with a compiler; see `supports`."""
 
-    def __init__(self, block_size: int, staging: Staging) -> None:
+    def __init__(self, block_size: int, staging: Staging, windows: Iterable[int | None] = (None,)) -> None:
         self._staging = staging
+        self._windows = tuple(windows)
         self._torch = TorchAttention(block_size, staging)
 
     @staticmethod
@@ -43,26 +46,36 @@ class CpuAttention:
         return cpu_ops.serves_heads(dtype, model.head_dim)
 
     def plan(self, batch: AttentionBatch) -> _Plan:
-        plan = _Plan(None, [])
+        several = np.flatnonzero(batch.query_lens > 1).tolist()
+        plan = _Plan(
+            None,
+            {
+                window: [piece for request in several for piece in self._torch.prefill_pieces(batch, request, window)]
+                for window in self._windows
+            },
+        )
         single = np.flatnonzero(batch.query_lens == 1)
         if len(single):
             rows, lens, chosen = self._staging.send(batch.query_starts[single], batch.context_lens[single], single)
             tables = batch.block_tables
             plan.single = _SingleTokens(rows, tables if len(tables) == len(single) else tables[chosen], lens)
-        for request in np.flatnonzero(batch.query_lens > 1):
-            plan.prompts += self._torch.prefill_pieces(batch, int(request))
         return plan
 
     def plan_decode(self, block_tables: Tensor, context_lens: Tensor) -> _Plan:
         rows = torch.arange(len(context_lens))
-        return _Plan(_SingleTokens(rows, block_tables.contiguous(), context_lens.long()), [])
+        single = _SingleTokens(rows, block_tables.contiguous(), context_lens.long())
+        return _Plan(single, {window: [] for window in self._windows})
 
-    def forward(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _Plan) -> Tensor:
+    def forward(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _Plan, window: int | None = None
+    ) -> Tensor:
         if plan.single is None:
-            return self._torch.forward(query, k_cache, v_cache, plan.prompts)
+            return self._torch.forward(query, k_cache, v_cache, plan.prompts, window)
         query = query.contiguous()
         output = torch.empty_like(query)
-        self._torch.write(output, query, k_cache, v_cache, plan.prompts)
+        self._torch.write(output, query, k_cache, v_cache, plan.prompts[window])
         single = plan.single
-        cpu_ops.paged_attention(query, k_cache, v_cache, single.rows, single.block_tables, single.context_lens, output)
+        cpu_ops.paged_attention(
+            query, k_cache, v_cache, single.rows, single.block_tables, single.context_lens, output, window
+        )
         return output

@@ -60,14 +60,19 @@ class FlashAttention:
     def plan_decode(self, block_tables: Tensor, context_lens: Tensor) -> _Plan:
         return _Plan(block_tables, context_lens, None, None, 0, 0)
 
-    def forward(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _Plan) -> Tensor:
+    def forward(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _Plan, window: int | None = None
+    ) -> Tensor:
         num_single = len(plan.context_lens)
+        # How many keys before and after its own a token sees; -1: all.
+        window_size = (-1, -1) if window is None else (window - 1, 0)
         parts = []
         if num_single:
             arguments = _single_arguments(query[:num_single], k_cache, v_cache, plan)
-            parts.append(self._attend_single(**arguments).squeeze(1))
+            parts.append(self._attend_single(**arguments, window_size=window_size).squeeze(1))
         if plan.cu_query_lens is not None:
-            parts.append(self._attend_several(**_several_arguments(query[num_single:], k_cache, v_cache, plan)))
+            arguments = _several_arguments(query[num_single:], k_cache, v_cache, plan)
+            parts.append(self._attend_several(**arguments, window_size=window_size))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

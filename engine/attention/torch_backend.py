@@ -4,6 +4,7 @@ The query heads that share a KV head are folded into the query length, so keys a
 never repeated.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,54 +33,84 @@ class Piece:
 
 
 class TorchAttention:
-    """The torch backend. Any dtype, head size and block size."""
+    """The torch backend. Any dtype, head size and block size.
 
-    def __init__(self, block_size: int, staging: Staging) -> None:
+    Args:
+        windows: those that layers of the model have, None for layers without.
+    """
+
+    def __init__(self, block_size: int, staging: Staging, windows: Iterable[int | None] = (None,)) -> None:
         self.device = staging.device
         self.block_size = block_size
+        self._windows = tuple(windows)
         self._staging = staging
 
-    def plan(self, batch: AttentionBatch) -> list[Piece]:
+    def plan(self, batch: AttentionBatch) -> dict[int | None, list[Piece]]:
+        """Pieces for each of the model's windows."""
         decode = np.flatnonzero(batch.query_lens == 1)
-        pieces = [self._decode_piece(batch, group) for group in _similar_lengths(batch.context_lens, decode)]
-        for request in np.flatnonzero(batch.query_lens > 1):
-            pieces += self.prefill_pieces(batch, int(request))
-        return pieces
+        plan: dict[int | None, list[Piece]] = {}
+        for window in self._windows:
+            seen = batch.context_lens if window is None else np.minimum(batch.context_lens, window)
+            pieces = [self._decode_piece(batch, group, window) for group in _similar_lengths(seen, decode)]
+            for request in np.flatnonzero(batch.query_lens > 1):
+                pieces += self.prefill_pieces(batch, int(request), window)
+            plan[window] = pieces
+        return plan
 
-    def forward(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, plan: list[Piece]) -> Tensor:
-        if len(plan) == 1:
+    def forward(
+        self,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: dict[int | None, list[Piece]],
+        window: int | None = None,
+    ) -> Tensor:
+        pieces = plan[window]
+        if len(pieces) == 1:
             # The rows of a lone piece are all rows in order.
-            return _attend(query, k_cache, v_cache, plan[0])
+            return _attend(query, k_cache, v_cache, pieces[0])
         output = torch.empty_like(query)
-        self.write(output, query, k_cache, v_cache, plan)
+        self.write(output, query, k_cache, v_cache, pieces)
         return output
 
-    def write(self, output: Tensor, query: Tensor, k_cache: Tensor, v_cache: Tensor, plan: list[Piece]) -> None:
+    def write(self, output: Tensor, query: Tensor, k_cache: Tensor, v_cache: Tensor, pieces: list[Piece]) -> None:
         """Attend, and put the rows of each piece to their places in the output."""
-        for piece in plan:
+        for piece in pieces:
             output.index_copy_(0, piece.rows, _attend(query.index_select(0, piece.rows), k_cache, v_cache, piece))
 
-    def plan_decode(self, block_tables: Tensor, context_lens: Tensor) -> list[Piece]:
+    def plan_decode(self, block_tables: Tensor, context_lens: Tensor) -> dict[int | None, list[Piece]]:
         num_requests, max_blocks = block_tables.shape
         num_keys = max_blocks * self.block_size
-        mask = torch.arange(num_keys, device=self.device) < context_lens[:, None]
-        rows = torch.arange(num_requests, device=self.device)
-        return [Piece(rows, num_requests, block_tables.reshape(-1), num_keys, mask.unsqueeze(1))]
+        rows, keys = (torch.arange(count, device=self.device) for count in (num_requests, num_keys))
+        plan = {}
+        for window in self._windows:
+            mask = keys < context_lens[:, None]
+            if window is not None:
+                mask &= keys >= context_lens[:, None] - window
+            plan[window] = [Piece(rows, num_requests, block_tables.reshape(-1), num_keys, mask.unsqueeze(1))]
+        return plan
 
-    def _decode_piece(self, batch: AttentionBatch, group: np.ndarray) -> Piece:
+    def _decode_piece(self, batch: AttentionBatch, group: np.ndarray, window: int | None) -> Piece:
         """Requests with one new token each, padded to the longest context among them."""
         lens = batch.context_lens[group]
-        num_keys = int(lens.max())
-        mask = None
-        if lens.min() != num_keys:
-            mask = self._tensor(np.arange(num_keys) < lens[:, None]).unsqueeze(1)
         tables = batch.block_tables
         if len(group) != len(tables):
             tables = tables.index_select(0, self._tensor(group))
+        if window is not None:
+            unseen = np.maximum(lens - window, 0) // self.block_size  # blocks
+            lens = lens - unseen * self.block_size
+            columns = unseen[:, None] + np.arange(-(-int(lens.max()) // self.block_size))
+            tables = tables.gather(1, self._tensor(np.minimum(columns, tables.shape[1] - 1)))
+        num_keys = int(lens.max())
+        mask = None
+        if lens.min() != num_keys or (window is not None and num_keys > window):
+            keys = np.arange(num_keys)
+            seen = keys < lens[:, None]
+            mask = self._tensor(seen if window is None else seen & (keys >= lens[:, None] - window)).unsqueeze(1)
         blocks = tables[:, : -(-num_keys // self.block_size)].reshape(-1)
         return Piece(self._tensor(batch.query_starts[group]), len(group), blocks, num_keys, mask)
 
-    def prefill_pieces(self, batch: AttentionBatch, request: int) -> list[Piece]:
+    def prefill_pieces(self, batch: AttentionBatch, request: int, window: int | None) -> list[Piece]:
         """One request with several new tokens, in spans of queries that keep the mask small."""
         query_len, context_len = int(batch.query_lens[request]), int(batch.context_lens[request])
         start = int(batch.query_starts[request])
@@ -88,11 +119,16 @@ class TorchAttention:
         pieces = []
         for first in range(0, query_len, span):
             last = min(first + span, query_len)
-            num_keys = num_before + last
-            blocks = batch.block_tables[request, : -(-num_keys // self.block_size)]
-            mask = np.arange(num_keys) <= np.arange(num_before + first, num_keys)[:, None]
+            end = num_before + last
+            unseen = 0 if window is None else max(num_before + first - window + 1, 0) // self.block_size  # blocks
+            blocks = batch.block_tables[request, unseen : -(-end // self.block_size)]
+            keys = np.arange(unseen * self.block_size, end)
+            queries = np.arange(num_before + first, end)[:, None]
+            mask = keys <= queries
+            if window is not None:
+                mask &= keys > queries - window
             rows = self._tensor(np.arange(start + first, start + last))
-            pieces.append(Piece(rows, 1, blocks, num_keys, self._tensor(mask).unsqueeze(0)))
+            pieces.append(Piece(rows, 1, blocks, len(keys), self._tensor(mask).unsqueeze(0)))
         return pieces
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -57,7 +57,9 @@ class TritonAttention:
     def plan_decode(self, block_tables: Tensor, context_lens: Tensor) -> _Plan:
         return _Plan(block_tables, context_lens, None, 0)
 
-    def forward(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _Plan) -> Tensor:
+    def forward(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _Plan, window: int | None = None
+    ) -> Tensor:
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         num_single = len(plan.context_lens)
         if num_single:
@@ -68,9 +70,19 @@ class TritonAttention:
                 plan.block_tables[:num_single],
                 plan.context_lens,
                 self._scratch,
+                window=window,
                 output=output[:num_single],
             )
         if plan.query_blocks is not None:
             tables = plan.block_tables[num_single:]
-            paged_attention(query, k_cache, v_cache, tables, plan.query_blocks, plan.tokens_per_block, output=output)
+            paged_attention(
+                query,
+                k_cache,
+                v_cache,
+                tables,
+                plan.query_blocks,
+                plan.tokens_per_block,
+                window=window,
+                output=output,
+            )
         return output

@@ -43,6 +43,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer_index = layer_index
         self.backend = backend
+        self.window = config.layer_windows[layer_index]
         self.eps = config.rms_norm_eps
         self.group = group
         q_size = group.share(config.num_attention_heads) * config.head_dim
@@ -65,7 +66,7 @@ class Attention(nn.Module):
             v_cache,
             step.slot_mapping,
         )
-        attended = self.backend.forward(query, k_cache, v_cache, step.attention_plan)
+        attended = self.backend.forward(query, k_cache, v_cache, step.attention_plan, self.window)
         return self.group.all_reduce(self.o_proj(attended.flatten(1)))
 
 

@@ -18,4 +18,4 @@ class LlamaForCausalLM(CausalLM):
 
 
 class MistralForCausalLM(LlamaForCausalLM):
-    """Where there is a sliding window, contexts are limited to it: see ModelConfig.context_length."""
+    """The first version's layers have a sliding window: see ModelConfig.layer_windows."""

@@ -9,12 +9,12 @@ namespace {
 constexpr int MAX_BLOCK_SIZE = 256;
 
 struct Shape {
-    int64_t num_heads, num_kv_heads, block_size;
+    int64_t num_heads, num_kv_heads, block_size, window;
     float scale;
 };
 
 // NUM_HEADS query heads over one KV head. query, output: [NUM_HEADS, HEAD_DIM]; keys, values: the head's place in
-// block 0; block: ids of the blocks that hold `length` tokens.
+// block 0; block: ids of the blocks that hold `length` tokens, of which all or the last `window` are attended to.
 template <class T, int HEAD_DIM, int NUM_HEADS>
 void attend(const T* query, const T* keys, const T* values, const int32_t* block, int64_t length, T* output,
             const Shape& shape) {
@@ -24,9 +24,12 @@ void attend(const T* query, const T* keys, const T* values, const int32_t* block
     float highest[NUM_HEADS], weight_sum[NUM_HEADS] = {};
     alignas(64) float scores[NUM_HEADS][MAX_BLOCK_SIZE];
     for (int head = 0; head < NUM_HEADS; head++) highest[head] = -INFINITY;
-    for (int64_t start = 0; start < length; start += shape.block_size, block++) {
-        int count = static_cast<int>(std::min(shape.block_size, length - start));
-        const T *block_keys = keys + *block * block_stride, *block_values = values + *block * block_stride;
+    int64_t start = shape.window ? std::max<int64_t>(length - shape.window, 0) : 0;
+    block += start / shape.block_size;
+    for (int count; start < length; start += count, block++) {
+        int64_t within = start % shape.block_size, offset = *block * block_stride + within * token_stride;
+        count = static_cast<int>(std::min(shape.block_size - within, length - start));
+        const T *block_keys = keys + offset, *block_values = values + offset;
         for (int first = 0; first < count; first += LANES)
             for (int head = 0; head < NUM_HEADS; head++) {
                 Floats products[LANES] = {};
@@ -76,7 +79,7 @@ void paged_attention(const T* query, const T* k_cache, const T* v_cache, const i
                      const int32_t* block_tables, const int64_t* lengths, T* output, int64_t num_rows,
                      int64_t table_stride, const Shape& shape) {
     int64_t group = shape.num_heads / shape.num_kv_heads, total = 0;
-    for (int64_t i = 0; i < num_rows; i++) total += lengths[i];
+    for (int64_t i = 0; i < num_rows; i++) total += shape.window ? std::min(lengths[i], shape.window) : lengths[i];
     total *= shape.num_kv_heads * HEAD_DIM;
 #pragma omp parallel for collapse(2) schedule(dynamic) if (total > SERIAL_ELEMENTS)
     for (int64_t i = 0; i < num_rows; i++) {
@@ -106,9 +109,9 @@ extern "C" {
     void paged_attention_##name(const TYPE* query, const TYPE* k_cache, const TYPE* v_cache, const int64_t* rows,    \
                                 const int32_t* block_tables, const int64_t* lengths, TYPE* output, int64_t num_rows, \
                                 int64_t table_stride, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,     \
-                                int64_t block_size, double scale) {                                                  \
+                                int64_t block_size, int64_t window, double scale) {                                  \
         typedef TYPE T;                                                                                              \
-        Shape shape{num_heads, num_kv_heads, block_size, static_cast<float>(scale)};                                 \
+        Shape shape{num_heads, num_kv_heads, block_size, window, static_cast<float>(scale)};                         \
         switch (head_dim) { CASE(32) CASE(64) CASE(128) CASE(256) }                                                  \
     }
 DEFINE(float32, float)

@@ -94,8 +94,8 @@ def test_a_row_does_not_depend_on_those_beside_it(dtype):
 
 @pytest.mark.parametrize("head_dim", cpu_ops.HEAD_DIMS)
 @pytest.mark.parametrize("group", [1, 2, 5, 8])
-@pytest.mark.parametrize("block_size", [1, 16, 48])
-def test_paged_attention(dtype, head_dim, group, block_size):
+@pytest.mark.parametrize(("block_size", "window"), [(1, None), (16, None), (48, None), (1, 5), (16, 17), (48, 50)])
+def test_paged_attention(dtype, head_dim, group, block_size, window):
     num_kv_heads, lengths = 2, torch.tensor([1, 17, 100])
     num_blocks = 100 // block_size + 1
     tables = torch.randperm(3 * num_blocks).view(3, num_blocks).int()
@@ -103,9 +103,10 @@ def test_paged_attention(dtype, head_dim, group, block_size):
     query = torch.randn(5, num_kv_heads * group, head_dim, dtype=dtype) * 2
     output = torch.full_like(query, 9.0)
     rows = torch.tensor([4, 0, 2])
-    assert cpu_ops.paged_attention(query, k_cache, v_cache, rows, tables, lengths, output)
+    assert cpu_ops.paged_attention(query, k_cache, v_cache, rows, tables, lengths, output, window)
     for row, table, length in zip(rows.tolist(), tables, lengths.tolist(), strict=True):
-        keys, values = (cache[table.long()].flatten(0, 1)[:length].float() for cache in (k_cache, v_cache))
+        seen = slice(max(length - (window or length), 0), length)
+        keys, values = (cache[table.long()].flatten(0, 1)[seen].float() for cache in (k_cache, v_cache))
         heads = query[row].float().view(num_kv_heads, group, head_dim)
         weights = torch.einsum("hgd,thd->hgt", heads, keys).mul(head_dim**-0.5).softmax(-1)
         close(output[row], torch.einsum("hgt,thd->hgd", weights, values).flatten(0, 1))

@@ -38,7 +38,7 @@ def flash_attn_with_kvcache(
     assert cache_seqlens.dtype == torch.int32 and cache_seqlens.shape == (len(q),)
     return torch.stack(
         [
-            attend(q[index], *gather(k_cache, v_cache, block_table[index], length))
+            attend(q[index], *gather(k_cache, v_cache, block_table[index], length), window_size)
             for index, length in enumerate(cache_seqlens.tolist())
         ]
     )
@@ -59,7 +59,7 @@ def flash_attn_varlen_func(
     starts = cu_seqlens_q.tolist()
     return torch.cat(
         [
-            attend(q[starts[index] : starts[index + 1]], *gather(k, v, block_table[index], length))
+            attend(q[starts[index] : starts[index + 1]], *gather(k, v, block_table[index], length), window_size)
             for index, length in enumerate(cu_seqlens_k.diff().tolist())
         ]
     )
@@ -74,9 +74,16 @@ def gather(k_cache, v_cache, blocks, length):
     return (cache[blocks.long()].flatten(0, 1)[:length] for cache in (k_cache, v_cache))
 
 
-def attend(query, keys, values):
-    """[n, HEADS, HEAD_DIM] over [m, KV_HEADS, HEAD_DIM]: the last query sees all keys."""
-    mask = torch.ones(len(query), len(keys), dtype=torch.bool).tril(len(keys) - len(query))
+def attend(query, keys, values, window_size):
+    """[n, HEADS, HEAD_DIM] over [m, KV_HEADS, HEAD_DIM]: the last query sees all keys, or as many as window_size says.
+
+    As documented: query i sees keys i + seqlen_k - seqlen_q - window_size[0] … + window_size[1]; -1 is no limit.
+    """
+    before = len(keys) - len(query)
+    mask = torch.ones(len(query), len(keys), dtype=torch.bool).tril(before)
+    if window_size[0] >= 0:
+        mask = mask.triu(before - window_size[0])
+        assert window_size[1] == 0
     parts = (part.transpose(0, 1) for part in (query, keys, values))
     return F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True).transpose(0, 1)
 
@@ -89,7 +96,8 @@ def attend(query, keys, values):
         ([1, 1, 3, 260], [256, 600, 3, 400]),
     ],
 )
-def test_arguments_mean_what_the_torch_backend_computes(query_lens, context_lens):
+@pytest.mark.parametrize("window", [None, 1, 100])
+def test_arguments_mean_what_the_torch_backend_computes(query_lens, context_lens, window):
     generator = torch.Generator().manual_seed(0)
     staging = Staging(CPU)
     num_blocks, max_blocks = 16, 3
@@ -99,13 +107,13 @@ def test_arguments_mean_what_the_torch_backend_computes(query_lens, context_lens
     lens = np.array(query_lens, dtype=np.int64)
     batch = AttentionBatch(lens.cumsum() - lens, lens, np.array(context_lens), tables.view(-1, max_blocks))
     flash = FlashAttention(flash_attn_with_kvcache, flash_attn_varlen_func, staging)
-    plain = TorchAttention(BLOCK_SIZE, staging)
-    found = flash.forward(query, *caches, flash.plan(batch))
-    expected = plain.forward(query, *caches, plain.plan(batch))
+    plain = TorchAttention(BLOCK_SIZE, staging, (None, 100, 1))
+    found = flash.forward(query, *caches, flash.plan(batch), window)
+    expected = plain.forward(query, *caches, plain.plan(batch), window)
     torch.testing.assert_close(found, expected)
     if max(query_lens) == 1:
         plan = flash.plan_decode(batch.block_tables, torch.tensor(context_lens, dtype=torch.int32))
-        torch.testing.assert_close(flash.forward(query, *caches, plan), expected)
+        torch.testing.assert_close(flash.forward(query, *caches, plan, window), expected)
 
 
 def test_the_recorded_signatures_are_those_of_an_installed_library():
@@ -117,7 +125,7 @@ def test_the_recorded_signatures_are_those_of_an_installed_library():
 
 def create(device=CUDA, choice="flash", block_size=BLOCK_SIZE, dtype=torch.bfloat16, cache_dtype=None, head_dim=128):
     staging = SimpleNamespace(device=device)
-    model = SimpleNamespace(head_dim=head_dim, num_attention_heads=16, num_key_value_heads=8)
+    model = SimpleNamespace(head_dim=head_dim, num_attention_heads=16, num_key_value_heads=8, layer_windows=(None,))
     return create_backend(model, block_size, staging, dtype, cache_dtype or dtype, choice)
 
 
