@@ -77,6 +77,20 @@ class TableNotes:
     """Slot, number of the first among the request's blocks, blocks."""
 
 
+@dataclass(slots=True)
+class StepOrder:
+    """One step, as every rank of a model runs it."""
+
+    notes: TableNotes
+    batch: HostBatch
+    prompt_rows: list[tuple[int, int]]
+    """First row and the one after the last, of rows whose logits give log-probabilities of prompt tokens."""
+    by_graph: bool
+    """Whether it is a decode step that draws its tokens too, see DecodeGraphs ..."""
+    settings: np.ndarray | None
+    """... and how: float64 [num_requests, 5]. None: rows need more than that, their tokens are drawn anew."""
+
+
 class BatchTables:
     """Token ids and block tables of all running requests, on the device: one row for each slot, and one for padding.
 

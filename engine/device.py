@@ -19,6 +19,15 @@ def choose_device(config: EngineConfig) -> torch.device:
     return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
 
 
+def set_num_threads(config: EngineConfig) -> None:
+    """Use as many threads as the configuration says; where ranks share the cores, an equal part."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    elif config.tensor_parallel_size > 1:
+        cores = psutil.cpu_count(logical=False) or 1
+        torch.set_num_threads(max(1, cores // config.tensor_parallel_size))
+
+
 def choose_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
     """The dtype of weights and activations."""
     if config.dtype != "auto":
@@ -47,7 +56,7 @@ def kv_cache_bytes(config: EngineConfig, device: torch.device) -> int:
     if config.kv_cache_memory is not None:
         return config.kv_cache_memory
     if device.type == "cpu":
-        return int(HOST_KV_SHARE * psutil.virtual_memory().available)
+        return int(HOST_KV_SHARE * psutil.virtual_memory().available) // config.tensor_parallel_size
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     in_use_at_peak = total - free + torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)

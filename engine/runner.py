@@ -2,24 +2,24 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.attention import AttentionBatch, create_backend
-from engine.batch import BatchTables, HostBatch, StepInputs
+from engine.batch import BatchTables, HostBatch, StepInputs, StepOrder
 from engine.config import EngineConfig
 from engine.decode_graphs import Decoded, DecodeGraphs
-from engine.device import choose_device, choose_dtype, choose_kv_cache_dtype, kv_cache_bytes
-from engine.errors import ConfigError
+from engine.device import choose_device, choose_dtype, choose_kv_cache_dtype, kv_cache_bytes, set_num_threads
 from engine.kv_cache import KvCacheSpec, clear_blocks
 from engine.layers.rotary import build_cos_sin
 from engine.lora.device import DeviceAdapters
 from engine.model_config import ModelConfig
 from engine.models.registry import find_model
-from engine.outcome import LaunchedStep, PromptPart
-from engine.parallel.group import TensorParallel
+from engine.outcome import LaunchedStep, PromptPart, StepResult
+from engine.parallel.group import ALONE, TensorParallel
 from engine.request import EngineRequest, Request, SamplingParams
 from engine.sampling.batch import SampledTokens, SamplingBatch
 from engine.sampling.logprobs import gather_logprobs
@@ -46,34 +46,51 @@ WARM_UP_LENGTHS = (1, 2, 16, 128)
 """Of new tokens in a request: attention has kernels for one, and for tiles of three sizes."""
 
 
+class PromptSpan(NamedTuple):
+    """Tokens of a prompt whose log-probabilities a step tells."""
+
+    request: Request
+    targets: np.ndarray
+    """int64, the tokens."""
+
+
 class ModelRunner:
-    """Owns the model, the KV cache and the batch tables.
+    """Owns the model, the KV cache and the batch tables. Of a model that several ranks share, each has one for its part.
 
     Args:
         config: the engine's configuration.
         model_config: the checkpoint's.
         path: folder of the checkpoint.
         vocab_size: ids the tokenizer knows; logits past them are padding.
+        group: the ranks that share the model.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
         ConfigError: memory is too small for the configuration.
     """
 
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, path: Path, vocab_size: int) -> None:
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        path: Path,
+        vocab_size: int,
+        group: TensorParallel = ALONE,
+    ) -> None:
+        set_num_threads(config)
+        self._group = group
         self.device = choose_device(config)
         self.dtype = choose_dtype(config, model_config, self.device)
         self.block_size = config.block_size
         self.max_num_batched_tokens = config.max_num_batched_tokens or STEP_TOKENS[self.device.type]
         self._staging = Staging(self.device)
         cache_dtype = choose_kv_cache_dtype(config, self.dtype, self.device)
+        own_heads = group.model_share(model_config)
         self.backend = create_backend(
-            model_config, config.block_size, self._staging, self.dtype, cache_dtype, config.attention_backend
+            own_heads, config.block_size, self._staging, self.dtype, cache_dtype, config.attention_backend
         )
         with torch.device("meta"):
-            self.model = find_model(model_config.architectures)(model_config, self.backend, TensorParallel())
+            self.model = find_model(model_config.architectures)(model_config, self.backend, group)
         checkpoint: Checkpoint = (
             DummyCheckpoint(self.model, self.device, self.dtype)
             if config.load_format == "dummy"
@@ -92,10 +109,10 @@ class ModelRunner:
         longest = config.max_model_len or model_config.context_length
         trained = model_config.max_position_embeddings
         self._cos_sin = build_cos_sin(model_config.rope, model_config.head_dim, longest, trained, self.device)
-        self._kv_spec = KvCacheSpec.of(model_config, config.block_size, cache_dtype)
+        self._kv_spec = KvCacheSpec.of(own_heads, config.block_size, cache_dtype)
         self.graphs: DecodeGraphs | None = None
         self._warm_up(config, longest, vocab_size)
-        budget = kv_cache_bytes(config, self.device)
+        budget = group.minimum(kv_cache_bytes(config, self.device))
         self.num_blocks, self.max_model_len = self._kv_spec.fit(config, budget, longest)
         self._kv_caches = self._kv_spec.allocate(self.num_blocks, self.device)
         self._tables = BatchTables(
@@ -125,6 +142,14 @@ class ModelRunner:
             before_masks: called after the forward pass is launched, and before grammars are asked what may come next:
                 they must know all tokens by then.
         """
+        return self._run(*self._plan(step), before_masks)
+
+    def wait(self, launched: LaunchedStep) -> StepResult:
+        """The outcome of a launched step, once it has ended."""
+        return launched.result()
+
+    def _plan(self, step: Step) -> tuple[StepOrder, list[PromptSpan]]:
+        """What is to be done, on the host; and what each of the order's `prompt_rows` tells."""
         for request in step.admitted:
             self._tables.admit(request)
             self._sampling.set_row(request.slot, request)
@@ -134,25 +159,44 @@ class ModelRunner:
             self._tables.grow(request)
         for request, guesses in step.guesses.items():
             self._tables.guess(request, guesses)
+        batch = self._tables.build(step)
+        spans = [
+            span
+            for index, row in zip(batch.order.tolist(), batch.query_starts.tolist(), strict=True)
+            if step.requests[index].needs_prompt_logits
+            for span in _prompt_spans(step.requests[index], step.starts[index], step.num_new_tokens[index], row)
+        ]
+        by_graph = self.graphs is not None and batch.is_decode
+        settings = self._sampling.plain_settings(batch.request_slots, batch.context_lens) if by_graph else None
+        order = StepOrder(self._tables.notes, batch, [rows for rows, _ in spans], by_graph, settings)
+        return order, [span for _, span in spans]
+
+    def _run(self, order: StepOrder, prompts: Sequence[PromptSpan], before_masks: Callable[[], object]) -> LaunchedStep:
         self._tables.flush()
         if self.adapters is not None:
             self.adapters.flush()
-        batch = self._tables.build(step)
-        if self.graphs is not None and batch.is_decode:
-            return LaunchedStep(*self._decode_by_graph(self.graphs, batch, before_masks))
+        batch = order.batch
+        if self.graphs is not None and order.by_graph:
+            decoded = self.graphs.launch(batch.request_slots, batch.positions, order.settings)
+            if order.settings is None:
+                return LaunchedStep(*self._draw_any(batch, self.model.compute_logits(decoded.hidden), before_masks))
+            return LaunchedStep(SampledTokens(decoded.token_ids, decoded.is_finite, None))
         hidden = self.model(self._to_device(batch))
-        prompts = [
-            part
-            for index, row in zip(batch.order.tolist(), batch.query_starts.tolist(), strict=True)
-            if step.requests[index].needs_prompt_logits
-            for part in self._prompt_logprobs(
-                step.requests[index], step.starts[index], hidden[row : row + step.num_new_tokens[index]]
-            )
+        parts = [
+            self._prompt_part(span, hidden[start:stop])
+            for (start, stop), span in zip(order.prompt_rows, prompts, strict=True)
         ]
+        if not len(batch.sampling):
+            return LaunchedStep(None, None, parts)
+        logits = self.model.compute_logits(self._sampled_rows(batch, hidden))
+        return LaunchedStep(*self._sample(batch, logits, before_masks), parts)
+
+    def _sampled_rows(self, batch: HostBatch, hidden: Tensor) -> Tensor:
+        """Hidden states from which the next tokens are drawn, in the order of `batch.sampling`."""
         rows = batch.sample_rows
-        if len(rows) != len(hidden) or (rows[1:] < rows[:-1]).any():
-            hidden = hidden.index_select(0, *self._staging.send(rows))
-        return LaunchedStep(*self._sample(batch, self.model.compute_logits(hidden), before_masks), prompts)
+        if len(rows) == len(hidden) and (rows[1:] >= rows[:-1]).all():
+            return hidden
+        return hidden.index_select(0, *self._staging.send(rows))
 
     def decode(self, slots: Tensor, positions: Tensor, settings: Tensor) -> Decoded:
         """A step of one row a request, with a next token for each. What it launches depends on the batch size alone.
@@ -207,22 +251,10 @@ class ModelRunner:
         """Zero blocks whose content is no numbers."""
         clear_blocks(self._kv_caches, blocks)
 
-    def _decode_by_graph(
-        self, graphs: DecodeGraphs, batch: HostBatch, before_masks: Callable[[], object]
-    ) -> tuple[SampledTokens, SamplingBatch | None]:
-        """What `decode` does. Where rows need more than that, their tokens are drawn anew and written over its own."""
-        settings = self._sampling.plain_settings(batch.request_slots, batch.context_lens)
-        decoded = graphs.launch(batch.request_slots, batch.positions, settings)
-        if settings is None:
-            return self._draw_any(batch, self.model.compute_logits(decoded.hidden), before_masks)
-        return SampledTokens(decoded.token_ids, decoded.is_finite, None), None
-
     def _sample(
         self, batch: HostBatch, logits: Tensor, before_masks: Callable[[], object]
-    ) -> tuple[SampledTokens | None, SamplingBatch | None]:
-        """Draw the next tokens and write them where the next step reads them. Nothing if no request gets one."""
-        if not len(batch.sampling):
-            return None, None
+    ) -> tuple[SampledTokens, SamplingBatch | None]:
+        """Draw the next tokens and write them where the next step reads them."""
         if uses_triton(logits):
             slots, positions = batch.sample_slots, batch.sample_positions
             settings = self._sampling.plain_settings(slots, positions)
@@ -234,7 +266,7 @@ class ModelRunner:
     def _draw_plain(self, logits: Tensor, slots: Tensor, positions: Tensor, settings: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and whether logits are finite, by the kernels that know neither edits nor logprobs."""
         token_ids, is_finite = sample_tokens(logits, settings, self._sampling.vocab_size)
-        self._tables.append(slots, positions, token_ids)
+        self._tables.append(slots, positions, self._group.broadcast(token_ids))
         return token_ids, is_finite
 
     def _draw_any(
@@ -246,24 +278,14 @@ class ModelRunner:
         sampling = self._sampling.gather(batch.sample_slots, batch.sample_positions, self._tables.token_ids)
         sampled = sample(logits, sampling)
         slots, positions = self._staging.send(batch.sample_slots, batch.sample_positions)
-        self._tables.append(slots, positions, sampled.token_ids)
+        self._tables.append(slots, positions, self._group.broadcast(sampled.token_ids))
         return sampled, sampling
 
-    def _prompt_logprobs(self, request: Request, start: int, hidden: Tensor) -> Iterator[PromptPart]:
-        """Log-probabilities of the prompt tokens that these rows predict, as far as they are not known yet.
-
-        `hidden[i]` is the token at `start + i` and predicts the one after it.
-        """
-        num_top = request.params.prompt_logprobs or 0
-        first = max(start, len(request.prompt_logprobs or ()))
-        last = min(start + len(hidden), request.num_prompt_tokens - 1)
-        for position in range(first, last, PROMPT_LOGIT_ROWS):
-            end = min(position + PROMPT_LOGIT_ROWS, last)
-            logits = self.model.compute_logits(hidden[position - start : end - start])
-            (targets,) = self._staging.send(np.array(request.token_ids[position + 1 : end + 1]))
-            yield PromptPart(
-                request, num_top, targets, gather_logprobs(logits[:, : self._sampling.vocab_size], targets, num_top)
-            )
+    def _prompt_part(self, span: PromptSpan, hidden: Tensor) -> PromptPart:
+        num_top = span.request.params.prompt_logprobs or 0
+        logits = self.model.compute_logits(hidden)[:, : self._sampling.vocab_size]
+        (targets,) = self._staging.send(span.targets)
+        return PromptPart(span.request, num_top, targets, gather_logprobs(logits, targets, num_top))
 
     def _to_device(self, batch: HostBatch) -> StepInputs:
         slots, positions, request_slots = self._staging.send(batch.row_slots, batch.positions, batch.request_slots)
@@ -314,4 +336,19 @@ class ModelRunner:
             step.requests.append(request)
             step.admitted.append(request)
             step.sampling.append(slot)
-        self.launch(step).result()
+        self._run(*self._plan(step), lambda: None).result()
+
+
+def _prompt_spans(
+    request: Request, start: int, num_new_tokens: int, row: int
+) -> Iterator[tuple[tuple[int, int], PromptSpan]]:
+    """Rows that predict prompt tokens whose log-probabilities are not known yet, and these tokens.
+
+    Row `row + i` is the token at `start + i` and predicts the one after it.
+    """
+    first = max(start, len(request.prompt_logprobs or ()))
+    last = min(start + num_new_tokens, request.num_prompt_tokens - 1)
+    for position in range(first, last, PROMPT_LOGIT_ROWS):
+        end = min(position + PROMPT_LOGIT_ROWS, last)
+        targets = np.array(request.token_ids[position + 1 : end + 1])
+        yield (row + position - start, row + end - start), PromptSpan(request, targets)

@@ -1,15 +1,16 @@
 """The ranks that hold a model together, as its layers see them: who has which share, and sums over all.
 
-A rank computes with its share of attention heads and of each MLP's inner width. What that gives are parts of sums, which
-`all_reduce` adds up, twice a layer. The first rank gets all logits and draws the next tokens, and tells them to the
-others: that way no two ranks ever disagree about a token.
+A rank computes with its share of attention heads and of each MLP's inner width. What that gives are parts of sums,
+which `all_reduce` adds up, twice a layer. The first rank gets all logits and draws the next tokens, and tells them to
+the others: that way no two ranks ever disagree about a token.
 """
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor
 
 from engine.errors import ConfigError
@@ -20,6 +21,8 @@ TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another that lives, as one may read its weights from a slower disk. The death of a rank is
 noticed at once, see engine.parallel.workers."""
 LOOPBACK = "127.0.0.1"
+c10d: Any = torch.distributed
+"""Torch's type stubs leave out half of it. Groups are made without its global one: a process may hold many engines."""
 
 
 class TensorParallel:
@@ -69,6 +72,9 @@ class TensorParallel:
         return value
 
 
+ALONE = TensorParallel()
+
+
 class RankGroup(TensorParallel):
     """One of several ranks, each with a device of its own: NCCL between GPUs, gloo between CPUs.
 
@@ -83,13 +89,13 @@ class RankGroup(TensorParallel):
 
     def __init__(self, rendezvous: Path, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self._device = rank, size, device
-        store = dist.FileStore(str(rendezvous), size)
+        store = c10d.FileStore(str(rendezvous), size)
         self._backend = _nccl(store, rank, size) if device.type == "cuda" else _gloo(store, rank, size)
-        self._sum = dist.AllreduceOptions()
-        self._least = dist.AllreduceOptions()
-        self._least.reduceOp = dist.ReduceOp.MIN
-        self._to_first = dist.GatherOptions()
-        self._from_first = dist.BroadcastOptions()
+        self._sum = c10d.AllreduceOptions()
+        self._least = c10d.AllreduceOptions()
+        self._least.reduceOp = c10d.ReduceOp.MIN
+        self._to_first = c10d.GatherOptions()
+        self._from_first = c10d.BroadcastOptions()
         # In the order of the current stream: what is launched next may use the result, and graphs can capture it.
         for options in (self._sum, self._least, self._to_first, self._from_first):
             options.asyncOp = False
@@ -118,15 +124,15 @@ class RankGroup(TensorParallel):
         self._backend.abort()
 
 
-def _gloo(store: dist.Store, rank: int, size: int) -> dist.Backend:
-    options = dist.ProcessGroupGloo._Options()
+def _gloo(store: Any, rank: int, size: int) -> Any:
+    options = c10d.ProcessGroupGloo._Options()
     options._timeout = TIMEOUT
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
     options._threads = 2
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    return c10d.ProcessGroupGloo(store, rank, size, options)
 
 
-def _nccl(store: dist.Store, rank: int, size: int) -> dist.Backend:
-    options = dist.ProcessGroupNCCL.Options()
+def _nccl(store: Any, rank: int, size: int) -> Any:
+    options = c10d.ProcessGroupNCCL.Options()
     options._timeout = TIMEOUT
-    return dist.ProcessGroupNCCL(store, rank, size, options)
+    return c10d.ProcessGroupNCCL(store, rank, size, options)

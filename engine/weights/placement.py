@@ -3,7 +3,7 @@
 Every mismatch is found here, before any data is read. Of a model that several ranks share, a rank copies its own part.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -130,7 +130,8 @@ def _parts(model: torch.nn.Module, key: str) -> tuple[tuple[Share, ...], ...]:
     """What parameter `key` holds of each dimension, part by part; nothing if its module does not say."""
     path, _, attribute = key.rpartition(".")
     module = model.get_submodule(path)
-    return module.shares(attribute) if hasattr(module, "shares") else ()
+    shares: Callable[[str], tuple[tuple[Share, ...], ...]] | None = getattr(module, "shares", None)
+    return () if shares is None else shares(attribute)
 
 
 def _problems(
