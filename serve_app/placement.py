@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import takewhile
-from operator import attrgetter
 from statistics import median
 from typing import NamedTuple, Protocol
+from zlib import crc32
 
 import msgspec
 
@@ -21,7 +20,7 @@ from serve_app.steps import ReplicaLoad
 
 FIRST_RATE = 4000.0
 """Prompt tokens per second of a replica as long as none has told its rate."""
-DELIVERY_S = 0.01
+DELIVERY_S = 0.03
 """What a request takes from its placement until the engine can put it into a step."""
 QUIET_S = 1.0
 """For how long, and two steps more, a replica may say nothing without being less trusted."""
@@ -29,13 +28,14 @@ KV_S = 0.1
 """Seconds by which a replica whose KV cache is half full seems slower; nine times as much at 90 %."""
 KV_FULL = 0.95
 """From this share of its KV cache on, a replica seems slower in proportion to what it is asked to hold."""
-TIE_S, TIE_SHARE = 0.005, 0.05
+TIE_S, TIE_SHARE = 0.005, 0.1
 """Predictions so close (seconds, or share of the best one) are equal: more exact they are not."""
-RECOMPUTE_SHARE = 1.0
-"""What computing a prompt costs those who come after it and the cache, as a share of the time that it takes."""
+RECOMPUTE_S = 0.3
+"""What is computed costs those who come later as long again, and again for each such time that all have to wait."""
 MISS_MEMORY = 100
 """Requests over which the share of prompt tokens that no cache held is averaged."""
 
+_PRIME = 2**61 - 1
 _NO_KEYS: AbstractSet[bytes] = frozenset()
 _NO_LOAD = ReplicaLoad(0, 0, 0, num_free_blocks=2**20, num_blocks=2**20, step_s=0.0, prefill_tokens_per_s=0.0)
 """Of a replica that has not reported: nothing but what this process sent there."""
@@ -83,10 +83,15 @@ class Candidate(msgspec.Struct, frozen=True):
 
     replica_id: str
     num_cached_tokens: int
-    ttft_s: float
-    """Predicted time to the first token."""
-    cost_s: float
-    """The same and what it costs others: the least is the best."""
+    wait_s: float
+    """Predicted time until the prompt is computed ..."""
+    compute_s: float
+    """... and how long that takes."""
+
+    @property
+    def ttft_s(self) -> float:
+        """Predicted time to the first token."""
+        return self.wait_s + self.compute_s
 
 
 @dataclass(slots=True)
@@ -100,9 +105,6 @@ class PlacementCounters:
     predicted_ttft_s: float = 0.0
     ttft_s: float = 0.0
     """From the placement on."""
-
-
-_COST = attrgetter("cost_s")
 
 
 class _InFlight(NamedTuple):
@@ -187,15 +189,15 @@ class Placement:
         typical = self._typical_rate(replicas)
         keys = prompt.keys[::-1]
         found = [self._predict(prompt, keys, name, state, typical, now_s) for name, state in replicas.items()]
-        found.sort(key=_COST)
-        if found:
-            limit_s = found[0].cost_s * (1 + TIE_SHARE) + TIE_S
-            equal = list(takewhile(lambda candidate: candidate.cost_s <= limit_s, found))
-            longest = max(candidate.num_cached_tokens for candidate in equal)
-            best = self._random.choice([each for each in equal if each.num_cached_tokens == longest])
-            found.remove(best)
-            found.insert(0, best)
-        return found
+        if not found:
+            return []
+        weight = 2 + min(candidate.wait_s for candidate in found) / RECOMPUTE_S
+        costs = sorted([(each.wait_s + weight * each.compute_s, index) for index, each in enumerate(found)])
+        limit_s = costs[0][0] * (1 + TIE_SHARE) + TIE_S
+        equal = [found[index] for cost_s, index in costs if cost_s <= limit_s]
+        longest = max(candidate.num_cached_tokens for candidate in equal)
+        best = self._draw(prompt, [each for each in equal if each.num_cached_tokens == longest])
+        return [best, *(found[index] for _, index in costs if found[index] is not best)]
 
     def place(
         self, request_id: str, prompt: Prompt, candidates: Sequence[Candidate], replica_id: str, now_s: float
@@ -248,6 +250,17 @@ class Placement:
             del self._queues[replica_id]
         return request
 
+    def _draw(self, prompt: Prompt, equal: Sequence[Candidate]) -> Candidate:
+        """One of replicas that hold equally much of a prompt: at random, but by the first block that none holds.
+
+        So a prefix that is new to all goes the same way from every process, though none knows what others have sent.
+        """
+        first_new = equal[0].num_cached_tokens // prompt.block_size
+        if first_new >= len(prompt.keys):
+            return self._random.choice(equal)
+        number = int.from_bytes(prompt.keys[first_new][:8], "big")
+        return min(equal, key=lambda each: number * crc32(each.replica_id.encode()) % _PRIME)
+
     def _typical_rate(self, replicas: Mapping[str, ReplicaState]) -> float:
         """Prompt tokens per second of a replica that has not told its rate."""
         told = [state.load.prefill_tokens_per_s for state in replicas.values() if state.load is not None]
@@ -282,8 +295,8 @@ class Placement:
         full_s = KV_S * in_use / (1 - min(in_use, KV_FULL))
         silent_s = max(0.0, now_s - state.updated_s - QUIET_S - 2 * step_s)
         rate = load.prefill_tokens_per_s or typical_rate
-        ttft_s = num_tokens / rate + full_s + silent_s
-        return Candidate(replica_id, num_cached, ttft_s, ttft_s + RECOMPUTE_SHARE * uncached / rate)
+        wait_s = (num_tokens - uncached) / rate + full_s + silent_s
+        return Candidate(replica_id, num_cached, wait_s, uncached / rate)
 
 
 def _num_prefix_blocks(keys: Sequence[bytes], stored: AbstractSet[bytes], expected: AbstractSet[bytes]) -> int:

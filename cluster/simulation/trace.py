@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from hashlib import blake2b
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -66,7 +67,7 @@ def read_mooncake_trace(path: Path) -> list[Arrival]:
             try:
                 row = json.loads(line)
                 prompt, output = int(row["input_length"]), max(1, int(row["output_length"]))
-                keys = tuple(int(each).to_bytes(8, "big") for each in row["hash_ids"][: prompt // MOONCAKE_BLOCK])
+                keys = tuple(_key(int(each)) for each in row["hash_ids"][: prompt // MOONCAKE_BLOCK])
                 found.append((row["timestamp"] / 1000, Arrival(0.0, max(1, prompt), output, keys)))
             except (ValueError, TypeError, KeyError, OverflowError) as error:
                 raise ValueError(f"{path}, line {number}: {type(error).__name__} {error}") from None
@@ -78,6 +79,10 @@ def read_mooncake_trace(path: Path) -> list[Arrival]:
         for (time_s, group), end_s in zip(groups, ends, strict=True)
         for index, each in enumerate(group)
     ]
+
+
+def _key(number: int) -> bytes:
+    return blake2b(number.to_bytes(8, "big"), digest_size=16).digest()
 
 
 def synthetic_conversations(rate_per_s: float, duration_s: float, seed: int = 0) -> list[Arrival]:

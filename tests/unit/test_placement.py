@@ -116,12 +116,24 @@ def test_a_hot_prefix_spreads_when_its_replica_has_a_queue():
     assert all(chosen.count(name) > 30 for name in "abcd")
 
 
-def test_ties_are_broken_at_random_and_by_the_seed():
-    def first(seed: int) -> str:
-        return ranked(Placement(seed), prompt(100), **{name: Replica(load()) for name in "abcd"})[0].replica_id
+def test_ties_without_a_block_are_broken_at_random_and_by_the_seed():
+    replicas = {name: Replica(load()) for name in "abcd"}
 
-    chosen = [first(seed) for seed in range(40)]
-    assert set(chosen) == set("abcd") and chosen == [first(seed) for seed in range(40)]
+    def chosen(seed: int) -> str:
+        return Placement(seed).rank(prompt(BLOCK - 1), replicas, 0.0)[0].replica_id
+
+    found = [chosen(seed) for seed in range(40)]
+    assert set(found) == set("abcd") and found == [chosen(seed) for seed in range(40)]
+
+
+def test_a_new_prefix_goes_the_same_way_from_every_process_and_others_go_elsewhere():
+    replicas = {name: Replica(load()) for name in "abcd"}
+    chosen = []
+    for first in range(0, 10_000_000, 50_000):
+        ways = {Placement(seed).rank(prompt(100, first), replicas, 0.0)[0].replica_id for seed in range(3)}
+        assert len(ways) == 1
+        chosen += ways
+    assert all(35 <= chosen.count(name) <= 65 for name in "abcd")
 
 
 def test_an_evicted_prefix_is_not_chased():
@@ -131,7 +143,7 @@ def test_an_evicted_prefix_is_not_chased():
     warm.block_keys.difference_update(asked.keys[300:])  # the tail goes first
     assert max(each.num_cached_tokens for each in ranked(placement, asked, warm=warm, other=other)) == 4800
     warm.block_keys.clear()
-    warm.load = load(num_waiting_tokens=500, num_waiting=1)
+    warm.load = load(num_waiting_tokens=3000, num_waiting=1)
     assert ranked(placement, asked, warm=warm, other=other)[0].replica_id == "other"
 
 
