@@ -172,11 +172,18 @@ def test_the_model_that_is_downloaded_is_the_one_that_is_served():
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not on PATH")
 def test_prometheus_takes_the_rules(tmp_path: Path):
-    [rule] = of_kind("gpu-8b", "PrometheusRule")
-    file = tmp_path / "rules.yaml"
-    file.write_text(yaml.safe_dump(rule["spec"]))
-    done = subprocess.run(["promtool", "check", "rules", file], capture_output=True, text=True, timeout=30, check=False)
-    assert done.returncode == 0, done.stderr
+    for rule in of_kind("gpu-8b", "PrometheusRule"):
+        file = tmp_path / "rules.yaml"
+        file.write_text(yaml.safe_dump(rule["spec"]))
+        command = ["promtool", "check", "rules", file]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_rules_of_the_service_are_the_ones_beside_the_dashboards():
+    rules = yaml.safe_load((ROOT / "cluster/prometheus/rules.yaml").read_text())
+    specs = [each["spec"] for each in of_kind("gpu-8b", "PrometheusRule")]
+    assert rules in specs, "run `python -m k8s.rules`"
 
 
 def test_the_image_is_made_of_pinned_versions_and_has_no_root():
