@@ -52,11 +52,6 @@ export class Answer {
     return !(this.content || this.toolCalls.length);
   }
 
-  /** Whether every call has the result that the next request must carry. */
-  get hasAllResults() {
-    return this.toolCalls.every((call) => call.result !== undefined);
-  }
-
   get isThinking() {
     return this.finishReason === null && this.reasoning !== "" && this.thinkingEnd === null;
   }

