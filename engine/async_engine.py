@@ -19,6 +19,7 @@ from engine.grammar import GrammarState
 from engine.llm_engine import LLMEngine
 from engine.lora.handle import AdapterHandle
 from engine.output_buffer import OutputBuffer
+from engine.parallel.processes import StartRank, start_process
 from engine.request import EngineRequest, FinishReason, RequestOutput, RequestState
 from engine.stats import EngineStats
 
@@ -82,13 +83,19 @@ class AsyncEngine:
     Args:
         config: see EngineConfig. The model is loaded before the constructor returns.
         on_step: called in the event loop after every step, when the step's outputs have been handed over.
+        start_rank: see LLMEngine.
 
     Raises:
-        CheckpointError, ConfigError: see LLMEngine.
+        CheckpointError, ConfigError, EngineDeadError: see LLMEngine.
     """
 
-    def __init__(self, config: EngineConfig, on_step: Callable[[StepReport], None] | None = None) -> None:
-        self._engine = LLMEngine(config)
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_step: Callable[[StepReport], None] | None = None,
+        start_rank: StartRank = start_process,
+    ) -> None:
+        self._engine = LLMEngine(config, start_rank)
         self._on_step = on_step
         self.config = config
         self.max_model_len = self._engine.max_model_len
@@ -173,6 +180,7 @@ class AsyncEngine:
         """Raise EngineDeadError unless the engine runs, and its last step has returned or began lately enough."""
         if self.status is not EngineStatus.RUNNING or not self._thread.is_alive():
             raise EngineDeadError(self.fatal_error or f"the engine is {self.status}")
+        self._engine.check_health()
         began_at = self._step_began_at  # read once: the thread may be done with the step any moment
         if began_at is not None and (taken_s := time.monotonic() - began_at) > self._step_timeout_s:
             raise EngineDeadError(
@@ -194,6 +202,7 @@ class AsyncEngine:
             logger.error("the engine's last step did not end within %.0f s", STOP_TIMEOUT_S)
         elif self.status is EngineStatus.STOPPING:
             self.status = EngineStatus.STOPPED
+        await asyncio.to_thread(self._engine.close)
 
     async def _start_grammar(self, request: EngineRequest) -> GrammarState | None:
         loop = asyncio.get_running_loop()

@@ -17,6 +17,8 @@ from engine.lora.handle import AdapterHandle
 from engine.lora.registry import AdapterRegistry
 from engine.model_config import ModelConfig
 from engine.outcome import LaunchedStep, StepResult
+from engine.parallel.leader import create_runner
+from engine.parallel.processes import StartRank, start_process
 from engine.request import (
     EngineRequest,
     FinishReason,
@@ -26,7 +28,6 @@ from engine.request import (
     TokenLogprobs,
 )
 from engine.request_checks import RequestChecks
-from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, Step
 from engine.stats import EngineStats, PrefillRate, StageSeconds
 from engine.tokenizer import Tokenizer, read_eos_token_ids
@@ -45,13 +46,15 @@ class LLMEngine:
 
     Args:
         config: see EngineConfig.
+        start_rank: starts another rank of the model, where it has several.
 
     Raises:
         CheckpointError: the model cannot be found or used.
         ConfigError: the configuration does not fit machine or model.
+        EngineDeadError: another rank ended while it started.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, start_rank: StartRank = start_process) -> None:
         self.config = config
         path = resolve_model(config.model, config.revision)
         self.model_config = ModelConfig.from_dir(path)
@@ -61,7 +64,7 @@ class LLMEngine:
         if config.load_format != "dummy":  # rows past the tokenizer's last id are padding in real checkpoints
             self.vocab_size = min(self.vocab_size, self.tokenizer.vocab_size)
         self._grammars = GrammarCompiler(self.tokenizer.to_json(), self.vocab_size, self.eos_token_ids)
-        self.runner = ModelRunner(config, self.model_config, path, self.vocab_size)
+        self.runner = create_runner(config, self.model_config, path, self.vocab_size, start_rank)
         self.max_model_len = self.runner.max_model_len
         self._checks = RequestChecks(self.vocab_size, self.max_model_len, self.eos_token_ids)
         self._pool = BlockPool(self.runner.num_blocks, config.enable_prefix_caching)
@@ -170,6 +173,14 @@ class LLMEngine:
         self._forget(request)
         return True
 
+    def check_health(self) -> None:
+        """Raise EngineDeadError if another rank of the model has failed. Safe to call from any thread."""
+        self.runner.check()
+
+    def close(self) -> None:
+        """End the other ranks of the model, if there are any; no step may follow."""
+        self.runner.close()
+
     @property
     def has_work(self) -> bool:
         return bool(self._requests) or self._in_flight is not None
@@ -265,7 +276,7 @@ class LLMEngine:
     def _take_in(self, step: Step, launched: LaunchedStep, launched_at: float) -> list[RequestOutput]:
         """Wait for a launched step, tell the scheduler its outcome and make the outputs."""
         waiting_since = time.monotonic()
-        result = launched.result()
+        result = self.runner.wait(launched)
         now = time.monotonic()
         self._stages.wait += now - waiting_since
         # The device began with this step when it was launched, or when it had done the one before.

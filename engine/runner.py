@@ -55,7 +55,7 @@ class PromptSpan(NamedTuple):
 
 
 class ModelRunner:
-    """Owns the model, the KV cache and the batch tables. Of a model that several ranks share, each has one for its part.
+    """Owns the model, the KV cache and the batch tables; where ranks share a model, each has one for its part.
 
     Args:
         config: the engine's configuration.
@@ -250,6 +250,12 @@ class ModelRunner:
     def clear_blocks(self, blocks: list[int]) -> None:
         """Zero blocks whose content is no numbers."""
         clear_blocks(self._kv_caches, blocks)
+
+    def check(self) -> None:
+        """Raise EngineDeadError if another rank of the model has failed."""
+
+    def close(self) -> None:
+        """End the other ranks of the model."""
 
     def _sample(
         self, batch: HostBatch, logits: Tensor, before_masks: Callable[[], object]

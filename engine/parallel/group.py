@@ -20,6 +20,7 @@ from engine.parallel.share import Share
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another that lives, as one may read its weights from a slower disk. The death of a rank is
 noticed at once, see engine.parallel.workers."""
+CONNECT_TIMEOUT = timedelta(minutes=1)
 LOOPBACK = "127.0.0.1"
 c10d: Any = torch.distributed
 """Torch's type stubs leave out half of it. Groups are made without its global one: a process may hold many engines."""
@@ -90,6 +91,7 @@ class RankGroup(TensorParallel):
     def __init__(self, rendezvous: Path, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self._device = rank, size, device
         store = c10d.FileStore(str(rendezvous), size)
+        store.set_timeout(CONNECT_TIMEOUT)
         self._backend = _nccl(store, rank, size) if device.type == "cuda" else _gloo(store, rank, size)
         self._sum = c10d.AllreduceOptions()
         self._least = c10d.AllreduceOptions()
@@ -99,6 +101,7 @@ class RankGroup(TensorParallel):
         # In the order of the current stream: what is launched next may use the result, and graphs can capture it.
         for options in (self._sum, self._least, self._to_first, self._from_first):
             options.asyncOp = False
+        self.minimum(0)  # connects all of them now, while they are equally far
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self._backend.allreduce([x], self._sum).wait()

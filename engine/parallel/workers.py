@@ -1,0 +1,180 @@
+"""The other ranks, as the first one sees them: started, told what to run, watched, ended."""
+
+import logging
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+
+from engine.errors import CheckpointError, ConfigError, EngineDeadError, EngineError
+from engine.parallel.group import RankGroup
+from engine.parallel.orders import RENDEZVOUS, SOCKET, Failure, Start, hang_up
+from engine.parallel.processes import StartedRank, StartRank
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 300.0
+"""How long a rank may take to start. Under Ray, its actor may have to wait for a busy machine."""
+REASON_TIMEOUT_S = 5.0
+"""How long to wait for the reason of a fault that another rank may have caused, and for ranks to end."""
+POLL_S = 0.1
+
+
+class Workers:
+    """Ranks 1 … size - 1. The first one to fail fails all, with its reason.
+
+    Args:
+        start: what they load.
+        start_rank: starts one.
+        device: what kind each computes on.
+
+    Raises:
+        ConfigError: they cannot be started.
+        EngineDeadError: one ended before it was connected.
+    """
+
+    def __init__(self, start: Start, start_rank: StartRank, device: torch.device) -> None:
+        self._size = start.config.tensor_parallel_size
+        self._state = _State(Path(tempfile.mkdtemp(prefix="qwen3-ranks-")))
+        self._end = weakref.finalize(self, self._state.end)
+        folder = self._state.folder
+        with self.guard(), socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(folder / SOCKET))
+            listener.listen(self._size)
+            listener.settimeout(POLL_S)
+            for rank in range(1, self._size):
+                self._state.ranks[rank] = start_rank(rank, self._size, folder, device)
+            self._accept(listener)
+            threading.Thread(target=_watch, args=(self._state, self._size), name="ranks", daemon=True).start()
+            self.send(start)
+            self.group = self._state.group = RankGroup(folder / RENDEZVOUS, 0, self._size, device)
+
+    def send(self, order: object) -> None:
+        """Tell all ranks what to run next."""
+        for connection in self._state.connections.values():
+            connection.send(order)
+
+    def check(self) -> None:
+        """Raise if a rank has failed."""
+        if self._state.failure is not None:
+            raise self._state.failure
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around what all ranks do together. Whatever fails there ends all of them, with the reason of the first to fail.
+
+        Raises:
+            EngineDeadError: in the place of any error that does not say by itself what to do about it.
+        """
+        self.check()
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, EngineError):
+                self._state.failed.wait(REASON_TIMEOUT_S)  # an operation fails a moment before its cause is known
+            self._state.fail(_as_engine_error(error))
+            self.close()
+        except BaseException:
+            self._state.fail(EngineDeadError("a step was interrupted, and the ranks are not equally far any more"))
+            self.close()
+            raise
+        self.check()
+
+    def close(self) -> None:
+        """End all ranks."""
+        self._end()
+
+    def _accept(self, listener: socket.socket) -> None:
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        while len(self._state.connections) < self._size - 1:
+            try:
+                accepted, _ = listener.accept()
+            except TimeoutError:
+                self._raise_if_ended(is_late=time.monotonic() > deadline)
+                continue
+            accepted.setblocking(True)
+            connection = Connection(accepted.detach())
+            self._state.connections[connection.recv()] = connection
+
+    def _raise_if_ended(self, is_late: bool) -> None:
+        for rank, started in self._state.ranks.items():
+            if rank in self._state.connections:
+                continue
+            reason = started.wait(0)
+            if reason is None and is_late:
+                reason = f"it has not started after {CONNECT_TIMEOUT_S:.0f} s"
+            if reason is not None:
+                raise EngineDeadError(f"rank {rank} of {self._size} failed: {reason}")
+
+
+class _State:
+    """What outlives Workers, until all is ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ranks: dict[int, StartedRank] = {}
+        self.connections: dict[int, Connection] = {}
+        self.group: RankGroup | None = None
+        self.failure: EngineError | None = None
+        self.failed = threading.Event()
+        self.is_ending = False
+
+    def fail(self, failure: EngineError) -> None:
+        """Take note of the first failure."""
+        if self.failure is None:
+            self.failure = failure
+            self.failed.set()
+
+    def end(self) -> None:
+        """A rank ends when its connection does. Those that hang are killed."""
+        self.is_ending = True
+        for connection in self.connections.values():
+            hang_up(connection)
+        deadline = time.monotonic() + REASON_TIMEOUT_S
+        for started in self.ranks.values():
+            if started.wait(max(0.0, deadline - time.monotonic())) is None:
+                started.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _watch(state: _State, size: int) -> None:
+    """Wait for a rank to fail, and let go of what waits for it."""
+    rank_of = {connection: rank for rank, connection in state.connections.items()}
+    try:
+        connection = wait(list(rank_of))[0]
+        rank = rank_of[connection]
+        failure = connection.recv()
+        error = _failed(failure, f"rank {rank} of {size} failed: ")
+    except (EOFError, OSError):
+        if state.is_ending:
+            return
+        reason = state.ranks[rank].wait(REASON_TIMEOUT_S) or "its connection broke"
+        error = EngineDeadError(f"rank {rank} of {size} failed: {reason}")
+    if not state.is_ending:
+        logger.error("%s", error)
+    state.fail(error)
+    if state.group is not None:
+        state.group.abort()
+
+
+def _failed(failure: Failure, prefix: str) -> EngineError:
+    kinds = {kind.__name__: kind for kind in (ConfigError, CheckpointError)}
+    if failure.kind in kinds:
+        return kinds[failure.kind](prefix + failure.reason)
+    return EngineDeadError(f"{prefix}{failure.kind}: {failure.reason}")
+
+
+def _as_engine_error(error: Exception) -> EngineError:
+    if isinstance(error, EngineError):
+        return error
+    made = _failed(Failure.of(error), "rank 0 failed: ")
+    made.__cause__ = error
+    return made
