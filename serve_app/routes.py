@@ -29,6 +29,7 @@ from serve_app.openai.responses import Responses
 from serve_app.openai.responses_protocol import ResponsesBody
 from serve_app.openai.tokenize import DetokenizeBody, TokenizeBody, detokenize, tokenize
 from serve_app.static_files import add_page
+from serve_app.tracing import Traced, make_provider
 
 EndpointClass = Callable[[Any, ServedModel], Endpoint]
 Conversion = Callable[[Any, ServedModel], dict[str, Any]]
@@ -92,6 +93,8 @@ def build_http_app(service: Service, config: ServiceConfig) -> FastAPI:
     _describe_bodies(app)
     keys = ApiKeys(config.api_keys)
     service.measured.expect(GENERATING, keys)
+    if config.tracing is not None:
+        app.add_middleware(Traced, provider=make_provider(config.tracing))
     app.add_middleware(
         Gate,
         keys=keys,

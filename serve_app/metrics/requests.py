@@ -209,7 +209,12 @@ def meter_of(connection: HTTPConnection) -> RequestMeter:
     return connection.scope[_METER]
 
 
+def meter_in(scope: Scope) -> RequestMeter | None:
+    """The same, of any request; None if it is not measured."""
+    return scope.get(_METER)
+
+
 def note_error(scope: Scope, error: ApiError) -> None:
     """Tell a request's meter, if it has one, what the client is told."""
-    if _METER in scope:
-        scope[_METER].fail(error)
+    if (meter := meter_in(scope)) is not None:
+        meter.fail(error)
