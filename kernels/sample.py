@@ -73,8 +73,8 @@ def sample_tokens_reference(logits: Tensor, settings: Tensor, vocab_size: int) -
 def sample_tokens(logits: Tensor, settings: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Draw the next token of each row: temperature, top_k, top_p of what that leaves, min_p relative to the likeliest.
 
-    Penalties, bias, banned tokens and logprobs are not known here. Rows that need them take the engine's sampler, which
-    draws the same tokens as this does from the same logits.
+    Penalties are another operation (sample_penalties.py) that comes before this, logprobs one that comes after it
+    (sample_logprobs.py). The engine's sampler in torch, for CPUs, draws the same tokens from the same logits.
 
     Args:
         logits: [S, at least vocab_size] float32, float16 or bfloat16, any row stride; columns past vocab_size are
@@ -108,7 +108,7 @@ def sample_tokens(logits: Tensor, settings: Tensor, vocab_size: int) -> tuple[Te
     stride, rows, parts = logits.stride(0), (num_rows,), (num_rows, num_chunks)
     common = {"VOCAB": vocab_size, "SHIFT": KEY_SHIFT[logits.dtype]}
     in_blocks = {**common, "NUM_BLOCKS": num_blocks, "BLOCK": BLOCK}
-    readable = min(triton.cdiv(vocab_size, 16) * 16, logits.shape[1])
+    readable = readable_columns(logits, vocab_size)
     weighing = {"LIBDEVICE": not logits.is_cpu}
     maxima_kernel[parts](logits, maxima, chunk_maxima, stride, **in_blocks, READABLE=readable, CHUNK=chunk)
     sums_kernel[parts](
@@ -144,6 +144,11 @@ def sample_config(vocab_size: int) -> tuple[int, int, int, int]:
     return chunk, rounded // BLOCK, rounded // chunk, min(TILE, rounded)
 
 
+def readable_columns(logits: Tensor, vocab_size: int) -> int:
+    """How many columns kernels may read, so that whole 16 bytes of any dtype are within where the tensor allows."""
+    return min(triton.cdiv(vocab_size, 16) * 16, logits.shape[1])
+
+
 def _check(logits: Tensor, settings: Tensor, vocab_size: int) -> None:
     if logits.dim() != 2 or not 1 <= vocab_size <= min(logits.shape[1], MAX_VOCAB):
         raise ValueError(
@@ -163,12 +168,17 @@ def _check(logits: Tensor, settings: Tensor, vocab_size: int) -> None:
 
 
 def compile_cases() -> list[CompileCase]:
-    """The width of Qwen3's logits, all of it and as many as its tokenizer knows."""
+    """The width of Qwen3's logits, all of it and as many as its tokenizer knows; edited rows end with the latter."""
 
-    def case(vocab_size: int, dtype: torch.dtype) -> CompileCase:
-        logits = torch.empty(4, 151_936, dtype=dtype, device="meta")
+    def case(vocab_size: int, dtype: torch.dtype, width: int = 151_936) -> CompileCase:
+        logits = torch.empty(4, width, dtype=dtype, device="meta")
         settings = torch.empty(4, 5, dtype=torch.float64, device="meta")
-        name = f"sample_tokens {vocab_size} {str(dtype).removeprefix('torch.')}"
+        name = f"sample_tokens {vocab_size} of {width} {str(dtype).removeprefix('torch.')}"
         return CompileCase(name, lambda: sample_tokens(logits, settings, vocab_size))
 
-    return [case(151_936, torch.bfloat16), case(151_669, torch.bfloat16), case(151_936, torch.float32)]
+    return [
+        case(151_936, torch.bfloat16),
+        case(151_669, torch.bfloat16),
+        case(151_936, torch.float32),
+        case(151_669, torch.float32, width=151_669),
+    ]

@@ -5,14 +5,14 @@ from kernels.sample_common import choose_target, keys_of, load_settings, middle_
 
 
 @triton.jit
-def _chunk_ids(CHUNK: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+def chunk_ids(CHUNK: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
     """(int32 [blocks], int32 [blocks, BLOCK]): this program's blocks, and the ids in them."""
     blocks = tl.program_id(1) * (CHUNK // BLOCK) + tl.arange(0, CHUNK // BLOCK)
     return blocks, blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
-def _load(
+def load_logits(
     logits_ptr: tl.tensor,  # of a row
     ids: tl.tensor,
     mask: tl.tensor,
@@ -38,8 +38,8 @@ def maxima_kernel(
     SHIFT: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    blocks, ids = _chunk_ids(CHUNK, BLOCK)
-    values = _load(logits_ptr + row * logits_stride, ids, True, VOCAB, READABLE)
+    blocks, ids = chunk_ids(CHUNK, BLOCK)
+    values = load_logits(logits_ptr + row * logits_stride, ids, True, VOCAB, READABLE)
     maxima = tl.min(keys_of(values, SHIFT), axis=1)
     tl.store(maxima_ptr + row * NUM_BLOCKS + blocks, maxima, mask=blocks < NUM_BLOCKS)
     tl.store(chunk_maxima_ptr + row * tl.num_programs(1) + tl.program_id(1), tl.min(maxima, axis=0))
@@ -67,8 +67,8 @@ def sums_kernel(
         chunks = tl.arange(0, CHUNKS)
         maxima_ptr = chunk_maxima_ptr + row * tl.num_programs(1) + chunks
         peak = value_of(tl.min(tl.load(maxima_ptr, mask=chunks < tl.num_programs(1), other=0x7FFFFFFF)), SHIFT)
-        blocks, ids = _chunk_ids(CHUNK, BLOCK)
-        values = _load(logits_ptr + row * logits_stride, ids, True, VOCAB, READABLE)
+        blocks, ids = chunk_ids(CHUNK, BLOCK)
+        values = load_logits(logits_ptr + row * logits_stride, ids, True, VOCAB, READABLE)
         scaled = scale(values, peak, temperature)
         # top_p is a share of all tokens, min_p comes after it.
         least = tl.where(top_p < 1, float("-inf"), log_min_p)
@@ -184,11 +184,11 @@ def list_kernel(
     row = tl.program_id(0).to(tl.int64)
     bound = tl.load(state_ptr + row * 3 + 1)
     if bound != -0x80000000:
-        blocks, ids = _chunk_ids(CHUNK, BLOCK)
+        blocks, ids = chunk_ids(CHUNK, BLOCK)
         mask = blocks < NUM_BLOCKS
         mask &= tl.load(maxima_ptr + row * NUM_BLOCKS + blocks, mask=mask, other=0x7FFFFFFF) <= bound
         if tl.max(mask.to(tl.int32)) > 0:
-            values = _load(logits_ptr + row * logits_stride, ids, mask[:, None], VOCAB, READABLE)
+            values = load_logits(logits_ptr + row * logits_stride, ids, mask[:, None], VOCAB, READABLE)
             is_chosen = mask[:, None] & (ids < VOCAB) & (keys_of(values, SHIFT) <= bound)
             chosen = tl.reshape(is_chosen.to(tl.int32), [CHUNK])
             first = tl.atomic_add(state_ptr + row * 3 + 2, tl.sum(chosen), sem="relaxed")

@@ -25,6 +25,8 @@ class Method(IntEnum):
     """From those that top_k, top_p and min_p leave, where top_k is small enough to list the candidates in order."""
     LARGE_TOP_K = 4
     """The same for a larger top_k."""
+    ANY = 5
+    """However their settings say, by kernels that draw in all these ways at once."""
 
 
 class RowSettings(NamedTuple):
@@ -152,7 +154,7 @@ class SamplingBatch:
     num_rows: int
     vocab_size: int
     groups: tuple[RowGroup, ...]
-    """Rows in no group get the likeliest token of the model's own logits."""
+    """Rows in no group get the likeliest token of the model's own logits; or, with `settings`, what these say."""
     logprob_rows: npt.NDArray[np.int64]
     """Rows that want logprobs, ascending."""
     logprob_counts: npt.NDArray[np.int64]
@@ -161,6 +163,8 @@ class SamplingBatch:
     """`logprob_rows` on the device; None stands for all rows."""
     logprob_token_ids: Tensor | None = None
     """int64, tokens that each of them names instead of the likeliest, -1 for none; None if no row names any."""
+    settings: Tensor | None = None
+    """float64 [S, 5], the columns of RowSettings, where kernels draw; `groups` are then of rows with edited logits."""
 
     def token_logprobs(self, sampled: SampledTokens) -> list[TokenLogprobs | None]:
         """What each of the S rows reports; None for rows that did not ask. Waits for the device."""

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from engine.request import TokenLogprobs
 from engine.sampling.vocab_blocks import block_maxima, block_sums, flags, likeliest
+from kernels.backend import uses_triton
+from kernels.sample_logprobs import token_logprobs
 
 
 class RawLogprobs(NamedTuple):
@@ -23,22 +25,31 @@ class RawLogprobs(NamedTuple):
     """float32 [N, K]."""
 
 
-def gather_logprobs(logits: Tensor, token_ids: Tensor, num_top: int, named: Tensor | None = None) -> RawLogprobs:
+def gather_logprobs(
+    logits: Tensor, token_ids: Tensor, num_top: int, named: Tensor | None = None, vocab_size: int | None = None
+) -> RawLogprobs:
     """Compute log-probabilities as the softmax of the logits in float32 has them.
 
     A token that is also among the likeliest has bit for bit the same value in both places.
 
     Args:
-        logits: [N, V] of any float type, without the padding columns of the LM head.
+        logits: [N, V or more] of any float type.
         token_ids: int64 [N], each in [0, V).
         num_top: K; more than V means V.
         named: int64 [N, at most K], tokens to report in place of the likeliest; those below 0 replace none.
+        vocab_size: V, where columns past it are the LM head's padding; None for all columns.
     """
-    maxima = block_maxima(logits)
-    peak = maxima.amax(1, keepdim=True).float()
-    log_sum = block_sums((logits - peak).exp_()).sum(1, keepdim=True).log().float()
-    chosen = logits.gather(1, token_ids[:, None])
-    num_larger = block_sums(flags(torch.gt, logits, chosen)).sum(1)
+    vocab_size = vocab_size or logits.shape[1]
+    whole, logits = logits, logits[:, :vocab_size]
+    if uses_triton(logits):
+        logprobs, ranks, peak, log_sum, maxima = token_logprobs(whole, token_ids, vocab_size)
+    else:
+        maxima = block_maxima(logits)
+        peak = maxima.amax(1, keepdim=True).float()
+        log_sum = block_sums((logits - peak).exp_()).sum(1, keepdim=True).log().float()
+        chosen = logits.gather(1, token_ids[:, None])
+        ranks = block_sums(flags(torch.gt, logits, chosen)).sum(1).long() + 1
+        logprobs = ((chosen - peak) - log_sum).squeeze(1)
     top_values, top_token_ids = likeliest(logits, maxima, min(num_top, logits.shape[1]))
     if named is not None:
         # A vocabulary may have fewer tokens than a request names: it can name one several times.
@@ -48,8 +59,8 @@ def gather_logprobs(logits: Tensor, token_ids: Tensor, num_top: int, named: Tens
         top_token_ids = torch.where(named >= 0, named, top_token_ids)
         top_values = torch.where(named >= 0, logits.gather(1, top_token_ids).float(), top_values)
     return RawLogprobs(
-        logprobs=((chosen - peak) - log_sum).squeeze(1),
-        ranks=num_larger.long() + 1,
+        logprobs=logprobs,
+        ranks=ranks,
         top_token_ids=top_token_ids,
         top_logprobs=(top_values - peak) - log_sum,
     )

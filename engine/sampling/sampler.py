@@ -1,7 +1,8 @@
 """Logits → tokens and log-probabilities, each row by its own parameters, with no wait for the device.
 
-Every row starts as greedy: the likeliest token comes out of the same pass that finds rows whose logits are no numbers.
-Rows with a temperature or edited logits are then drawn again, group by group. The order is logit bias and banned
+On a GPU, kernels draw all rows from the model's logits, and then those with edited logits again. Elsewhere every row
+starts as greedy: the likeliest token comes out of the same pass that finds rows whose logits are no numbers. Rows with
+a temperature or edited logits are then drawn again, group by group. The order is logit bias and banned
 tokens, allowed tokens, bad words, penalties, forced tokens, temperature, top_k, top_p of what that leaves, min_p
 relative to the likeliest.
 
@@ -21,7 +22,6 @@ from engine.sampling.batch import (
     Bias,
     ForcedTokens,
     Method,
-    Penalties,
     RowGroup,
     RowSettings,
     SampledTokens,
@@ -39,9 +39,10 @@ from engine.sampling.vocab_blocks import (
     ordered_keys,
     values_of,
 )
+from kernels.sample import sample_tokens
+from kernels.sample_penalties import penalize
 
 WEIGHT_OF_LIKELIEST = 2.0**35
-_LARGEST = torch.finfo(torch.float32).max
 _UNWANTED = -1e30
 """Added to logits: far below any other, but where nothing else is possible still a token that is."""
 
@@ -58,33 +59,40 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
     """
     if logits.shape[0] != batch.num_rows or logits.shape[1] < batch.vocab_size:
         raise ValueError(f"logits are {list(logits.shape)}, expected [{batch.num_rows}, {batch.vocab_size} or more]")
-    logits = logits[:, : batch.vocab_size]
-    maxima = block_maxima(logits)
-    token_ids = argmax(logits, maxima)
+    maxima, vocab_size = None, batch.vocab_size
+    if batch.settings is not None:
+        token_ids, is_finite = sample_tokens(logits, batch.settings, vocab_size)
+    else:
+        maxima = block_maxima(logits[:, :vocab_size])
+        token_ids, is_finite = argmax(logits[:, :vocab_size], maxima), maxima.amax(1).isfinite()
     for group in batch.groups:
-        drawn = _draw(logits, maxima, group)
+        drawn = _draw(logits[:, :vocab_size], maxima, group)
         token_ids = drawn if group.rows is None else token_ids.index_copy(0, group.rows, drawn)
     logprobs = None
     if len(batch.logprob_rows):
-        index = batch.logprob_index
+        index, num_top = batch.logprob_index, int(batch.logprob_counts.max())
         wanted, chosen = (_select(tensor, index) for tensor in (logits, token_ids))
-        logprobs = gather_logprobs(wanted, chosen, int(batch.logprob_counts.max()), batch.logprob_token_ids)
-    return SampledTokens(token_ids, maxima.amax(1).isfinite(), logprobs)
+        logprobs = gather_logprobs(wanted, chosen, num_top, batch.logprob_token_ids, vocab_size)
+    return SampledTokens(token_ids, is_finite, logprobs)
 
 
 def _select(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None else tensor.index_select(0, rows)
 
 
-def _draw(logits: Tensor, maxima: Tensor, group: RowGroup) -> Tensor:
-    """The tokens of a group's rows: int64 [R]."""
+def _draw(logits: Tensor, maxima: Tensor | None, group: RowGroup) -> Tensor:
+    """The tokens of a group's rows: int64 [R]. `maxima` are those of the logits' blocks, where torch draws."""
     logits = _select(logits, group.rows)
     if group.is_edited:
         logits = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         _edit(logits, group)
-        maxima = block_maxima(logits)
-    else:
+        maxima = None
+    elif maxima is not None:
         maxima = _select(maxima, group.rows)
+    if group.method is Method.ANY:
+        return sample_tokens(logits, group.settings, logits.shape[1])[0]
+    if maxima is None:
+        maxima = block_maxima(logits)
     if group.method is Method.GREEDY:
         return argmax(logits, maxima)
     if group.method is Method.TOP_K:
@@ -114,7 +122,15 @@ def _edit(logits: Tensor, group: RowGroup) -> None:
     if group.bad_words is not None:
         _avoid_bad_words(logits, group.bad_words)
     if group.penalties is not None:
-        _penalize(logits, group.penalties)
+        penalties = group.penalties
+        penalize(
+            logits,
+            penalties.rows,
+            penalties.history,
+            penalties.num_tokens,
+            penalties.num_prompt_tokens,
+            penalties.factors,
+        )
     if group.forced is not None:
         _force(logits, group.forced)
 
@@ -135,27 +151,6 @@ def _avoid_bad_words(logits: Tensor, words: BadWords) -> None:
     num_different = logits.new_zeros(len(words.rows)).index_add_(0, words.word_of, differs)
     values = torch.where(num_different == 0, _UNWANTED, 0.0)
     logits.view(-1).index_add_(0, words.rows * logits.shape[1] + words.token_ids, values)
-
-
-def _penalize(logits: Tensor, penalties: Penalties) -> None:
-    flat, vocab_size = logits.view(-1), logits.shape[1]
-    token_ids = penalties.history.long()
-    positions = torch.arange(token_ids.shape[1], device=logits.device)
-    valid = (positions < penalties.num_tokens) & (token_ids >= 0) & (token_ids < vocab_size)
-    # Entries that mean nothing become copies of token 0, to be left alone unless that is one of the row's tokens too.
-    token_ids = torch.where(valid, token_ids, 0)
-    seen = valid | (valid & (token_ids == 0)).any(1, keepdim=True)
-    in_output = (valid & (positions >= penalties.num_prompt_tokens)).float()
-    counts = logits.new_zeros(len(token_ids), vocab_size).scatter_add_(1, token_ids, in_output).gather(1, token_ids)
-
-    where = (penalties.rows * vocab_size + token_ids).flatten()
-    old = flat.gather(0, where).view_as(token_ids)
-    repetition, presence, frequency = penalties.factors.split(1, dim=1)
-    # A tiny penalty may make a logit infinite, which would leave nothing to compare with.
-    new = torch.where(old > 0, old / repetition, old * repetition).clamp_(max=_LARGEST)
-    new = new - presence * (counts > 0) - frequency * counts
-    # A token that comes several times is written several times, with the same value.
-    flat.scatter_(0, where, torch.where(seen, new, old).flatten())
 
 
 def _force(logits: Tensor, forced: ForcedTokens) -> None:

@@ -6,7 +6,7 @@ known on the host, so the sampler never has to wait for the device to learn a sh
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -29,6 +29,7 @@ from engine.sampling.batch import (
 from engine.sampling.philox import uniforms
 from engine.sampling.word_table import WordTable
 from engine.staging import send
+from kernels.backend import uses_triton
 from kernels.sample import MAX_VOCAB
 
 Int64s = npt.NDArray[np.int64]
@@ -73,6 +74,7 @@ class SamplingTable:
             raise CheckpointError(f"the vocabulary has {vocab_size:,} tokens, expected at most {MAX_VOCAB:,}")
         self.vocab_size = vocab_size
         self.device = device
+        self._by_kernels = uses_triton(torch.empty(0, device=device))
         self._rows = np.zeros(max_num_seqs, _ROW)
         no_ids, no_values = np.zeros(0, np.int64), np.zeros(0, np.float32)
         self._bias_ids = [no_ids] * max_num_seqs
@@ -174,16 +176,14 @@ class SamplingTable:
                 the host, or a tensor on the device, which may then depend on work that the device has yet to do.
         """
         rows = self._rows.take(slots)
-        methods, edited = rows["method"], _are_edited(rows, positions)
+        edited = _are_edited(rows, positions)
         settings = _settings(rows, positions)
         groups = []
-        for method in np.flatnonzero(np.bincount(methods)).tolist():
-            chosen = np.flatnonzero((methods == method) & edited if method == Method.GREEDY else methods == method)
-            if len(chosen):
-                group = self._group(Method(method), chosen, settings)
-                if edited[chosen].any():
-                    group = self._edited(group, slots[chosen], positions[chosen], torch.as_tensor(token_ids))
-                groups.append(group)
+        for method, chosen in self._methods(rows["method"], edited):
+            group = self._group(method, chosen, settings)
+            if edited[chosen].any():
+                group = self._edited(group, slots[chosen], positions[chosen], torch.as_tensor(token_ids))
+            groups.append(group)
         counts = rows["num_logprobs"]
         wanted = np.flatnonzero(counts >= 0)
         return SamplingBatch(
@@ -194,7 +194,19 @@ class SamplingTable:
             logprob_counts=counts[wanted],
             logprob_index=self._index(wanted, len(slots)),
             logprob_token_ids=self._named_logprobs(slots[wanted]),
+            settings=send(settings, self.device) if self._by_kernels else None,
         )
+
+    def _methods(self, methods: Int64s, edited: npt.NDArray[np.bool_]) -> Iterator[tuple[Method, Int64s]]:
+        """The groups that a step's rows form: how they are drawn, and which they are."""
+        if self._by_kernels:
+            wanted = [(Method.ANY, edited)]
+        else:
+            wanted = [(method, methods == method) for method in map(Method, np.unique(methods).tolist())]
+            wanted = [(method, rows & edited if method is Method.GREEDY else rows) for method, rows in wanted]
+        for method, rows in wanted:
+            if rows.any():
+                yield method, np.flatnonzero(rows)
 
     def _index(self, rows: Int64s, num_rows: int) -> torch.Tensor | None:
         return None if len(rows) == num_rows else send(rows, self.device)

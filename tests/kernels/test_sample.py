@@ -8,6 +8,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+import engine.sampling.table
+import kernels.backend
 from engine.request import SamplingParams
 from engine.sampling.batch import Method
 from engine.sampling.sampler import sample
@@ -140,7 +142,8 @@ PARAMS = [
 
 
 @pytest.mark.parametrize(("vocab_size", "num_values"), [(300, 0), (300, 6), (4200, 0), (4200, 12)])
-def test_equals_the_sampler_of_the_engine(vocab_size, num_values):
+def test_equals_the_sampler_of_the_engine(monkeypatch, vocab_size, num_values):
+    monkeypatch.setattr(engine.sampling.table, "uses_triton", lambda tensor: False)
     torch.manual_seed(vocab_size + num_values)
     logits = random_logits(len(PARAMS), vocab_size, torch.bfloat16, num_values)
     logits[:, ::7] = -torch.inf  # as a grammar leaves them
@@ -150,6 +153,43 @@ def test_equals_the_sampler_of_the_engine(vocab_size, num_values):
     token_ids, is_finite = check(logits, rows, vocab_size)
     assert torch.equal(token_ids, sampled.token_ids)
     assert torch.equal(is_finite, sampled.is_finite)
+
+
+EDITED = [
+    {"temperature": 0.0, "presence_penalty": 1.0, "logprobs": 3},
+    {"temperature": 0.0, "logprobs": 0},
+    {"frequency_penalty": 0.5, "repetition_penalty": 1.3, "top_p": 0.9},
+    {"top_k": 20, "logit_bias": {5: 4.0}, "logprobs": 2, "logprob_token_ids": (3, 9, 250)},
+    {"min_tokens": 9},
+    {"allowed_token_ids": tuple(range(0, 300, 7)), "repetition_penalty": 2.0},
+    {"bad_word_ids": ((9, 9, 4), (9, 5)), "top_k": 5},
+    {"min_p": 0.1},
+]
+
+
+def test_edited_logits_and_logprobs_in_the_sampler_of_the_engine(monkeypatch):
+    """Rows with all that it knows: by kernels as by torch."""
+    torch.manual_seed(7)
+    logits = padded_rows(random_logits(len(EDITED) * 2, 300, torch.bfloat16, num_values=40), 20)
+    requests = [
+        make_request(SamplingParams(seed=seed, **params), prompt=range(seed + 1), output=[9] * (seed % 5), eos=(1,))
+        for seed, params in enumerate(EDITED * 2)
+    ]
+    batch = make_batch(requests, 300)
+    assert [group.method for group in batch.groups] == [Method.ANY] and batch.settings is not None
+    by_kernels = sample(logits, batch)
+    reports = batch.token_logprobs(by_kernels)
+    monkeypatch.setattr(kernels.backend, "_INTERPRETED", False)
+    batch = make_batch(requests, 300)
+    assert batch.settings is None and len(batch.groups) > 1
+    by_torch = sample(logits, batch)
+    assert torch.equal(by_kernels.token_ids, by_torch.token_ids)
+    assert torch.equal(by_kernels.is_finite, by_torch.is_finite)
+    for found, expected in zip(reports, batch.token_logprobs(by_torch), strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            assert (found.rank, found.top_token_ids) == (expected.rank, expected.top_token_ids)
+            assert found.top_logprobs == pytest.approx(expected.top_logprobs, abs=1e-5)
 
 
 def test_rows_that_are_no_numbers():
