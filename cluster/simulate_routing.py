@@ -55,6 +55,7 @@ ROUTERS: dict[str, Callable[[], MakeRouter]] = {
     "round robin": lambda: RoundRobinRouter,
     "power of two choices": lambda: PowerOfTwoRouter,
     "session hash": lambda: SessionHashRouter,
+    "KvAwareRouter, load only": lambda: partial(KvAwareRouter, block_size=MOONCAKE_BLOCK, sees_caches=False),
     OURS: lambda: partial(KvAwareRouter, block_size=MOONCAKE_BLOCK),
 }
 

@@ -140,15 +140,17 @@ class KvAwareRouter:
     Args:
         ingress: its index.
         block_size: of the trace's keys.
+        sees_caches: False leaves it with what it knows of load.
     """
 
-    def __init__(self, ingress: int, block_size: int) -> None:
+    def __init__(self, ingress: int, block_size: int, sees_caches: bool = True) -> None:
         self.placement = Placement(seed=ingress)
         self._block_size = block_size
+        self._sees_caches = sees_caches
 
     def choose(self, request_id: int, arrival: Arrival, views: Sequence[View], num_requests: Sequence[int]) -> int:
         del num_requests
-        prompt = Prompt(arrival.keys, arrival.prompt_tokens, self._block_size)
+        prompt = Prompt(arrival.keys if self._sees_caches else (), arrival.prompt_tokens, self._block_size)
         named = {str(index): view for index, view in enumerate(views)}
         candidates = self.placement.rank(prompt, named, arrival.time_s)
         best = candidates[0].replica_id
