@@ -39,7 +39,7 @@ def _otlp_exporter(endpoint: str) -> SpanExporter:
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ImportError:
-        raise ConfigError("tracing needs the extra `tracing`: pip install '.[tracing]', or take out `tracing`") from None
+        raise ConfigError("tracing needs the extra: pip install '.[tracing]', or take out `tracing`") from None
     return OTLPSpanExporter(endpoint)
 
 
