@@ -105,9 +105,7 @@ class AdmissionQueue:
     """
 
     def __init__(self, config: AdmissionConfig, ttft_s: float) -> None:
-        self._config = config
-        self._at_replicas_s = AT_REPLICAS * ttft_s
-        self._in_queue_s = IN_QUEUE * ttft_s
+        self.configure(config, ttft_s)
         self.num_queued = self.queued_tokens = 0
         self.num_sent = self.sent_tokens = 0
         self.rate = DrainRate()
@@ -119,6 +117,12 @@ class AdmissionQueue:
         """All of them, in the order in which they were queued."""
         self._virtual: dict[str, float] = {}
         self._virtual_now = 0.0
+
+    def configure(self, config: AdmissionConfig, ttft_s: float) -> None:
+        """Go by other limits from now on; also for what waits already."""
+        self._config = config
+        self._at_replicas_s = AT_REPLICAS * ttft_s
+        self._in_queue_s = IN_QUEUE * ttft_s
 
     def offer(self, entry: Entry, now_s: float) -> None:
         """Put a request into the queue. `step` then decides about it."""

@@ -24,6 +24,7 @@ class Caller:
     """
 
     def __init__(self, key: ApiKey | None = None) -> None:
+        self.key = key
         self.name = key.name if key is not None else ""
         self._cache = "" if key is None or key.shares_prefix_cache else key.name
         self._most_requests = key.max_concurrent_requests if key is not None else None
@@ -105,8 +106,14 @@ class ApiKeys:
     """
 
     def __init__(self, keys: Iterable[ApiKey]) -> None:
-        self._callers = [(bytes.fromhex(key.sha256), Caller(key)) for key in keys]
+        self._callers: list[tuple[bytes, Caller]] = []
         self._everybody = Caller()
+        self.replace(keys)
+
+    def replace(self, keys: Iterable[ApiKey]) -> None:
+        """Let these come in from now on. Those that stay as they are keep what they have used of their limits."""
+        known = {caller.key: caller for _, caller in self._callers}
+        self._callers = [(bytes.fromhex(key.sha256), known.get(key) or Caller(key)) for key in keys]
 
     @property
     def callers(self) -> list[Caller]:

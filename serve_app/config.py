@@ -1,11 +1,15 @@
 """ServiceConfig: the `args` of cluster/config.yaml. Frozen; an unknown key is an error that names it."""
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from engine.config import EngineConfig
+
+ENGINE_DEPLOYMENT = "EngineReplica"
+"""Name of the deployment that runs the first model."""
 
 
 class _Settings(BaseModel):
@@ -13,10 +17,8 @@ class _Settings(BaseModel):
 
 
 class Limits(_Settings):
-    """What one HTTP request may ask for. Beyond it is a 400 (413 for the body, 431 for headers) that says so."""
+    """What one request may ask of a model. Beyond it is a 400 that says so."""
 
-    body_bytes: int = Field(8 * 2**20, ge=1024, description="most bytes of a request's body")
-    header_bytes: int = Field(16 * 2**10, ge=1024, description="most bytes of a request's headers, names included")
     messages: int = Field(1024, ge=1, description="most messages in a chat")
     prompts: int = Field(128, ge=1, description="most prompts in one completion request")
     prompt_tokens: int | None = Field(
@@ -26,6 +28,13 @@ class Limits(_Settings):
     grammar_chars: int = Field(2**17, ge=1, description="most characters of a JSON schema, regex, list or grammar")
     schema_depth: int = Field(32, ge=1, le=64, description="how deep schemas may be in one another")
     grammar_compile_s: float = Field(2.0, gt=0, le=60, description="most CPU seconds that a grammar takes to compile")
+
+
+class ServiceLimits(Limits):
+    """The same, and what is read before the model is known: a 413 for the body, a 431 for the headers."""
+
+    body_bytes: int = Field(8 * 2**20, ge=1024, description="most bytes of a request's body")
+    header_bytes: int = Field(16 * 2**10, ge=1024, description="most bytes of a request's headers, names included")
 
 
 class AdmissionConfig(_Settings):
@@ -87,33 +96,17 @@ class Tracing(_Settings):
     )
 
 
-class ServiceConfig(_Settings):
-    """One model behind one API."""
+class ModelConfig(_Settings):
+    """One model."""
 
     engine: EngineConfig = EngineConfig()
     served_model_name: str | None = Field(
-        None, description="what clients call the model; None: `demo`, the hub id, or the folder's name"
+        None, min_length=1, description="what clients call the model; None: `demo`, the hub id, or the folder's name"
     )
     default_sampling_params: DefaultSamplingParams = DefaultSamplingParams()
     limits: Limits = Limits()
     admission: AdmissionConfig = AdmissionConfig()
-    api_keys: tuple[ApiKey, ...] = Field((), description="keys that may come in; without any, everybody may")
     slo: Slo = Slo()
-    tracing: Tracing | None = Field(None, description="tracing of requests; None: off")
-    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/*\s]+)$")], ...] = Field(
-        (), description="web pages whose scripts may call this, as in `https://example.com`; `*` is all of them"
-    )
-    playground: bool = Field(True, description="serve the web page at `/`: a chat to try things, and the fleet's state")
-
-    @field_validator("api_keys")
-    @classmethod
-    def _distinct(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
-        for field in ("name", "sha256"):
-            found = [getattr(key, field) for key in keys]
-            if len(set(found)) < len(found):
-                repeated = next(value for value in found if found.count(value) > 1)
-                raise ValueError(f"{field} {repeated!r} is there twice, expected it once")
-        return keys
 
     @property
     def model_name(self) -> str:
@@ -122,3 +115,65 @@ class ServiceConfig(_Settings):
             return self.served_model_name
         model = self.engine.model
         return Path(model).resolve().name if Path(model).is_dir() or model.startswith((".", "/", "~")) else model
+
+
+def _distinct_keys(keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+    for field in ("name", "sha256"):
+        found = [getattr(key, field) for key in keys]
+        if len(set(found)) < len(found):
+            repeated = next(value for value in found if found.count(value) > 1)
+            raise ValueError(f"{field} {repeated!r} is there twice, expected it once")
+    return keys
+
+
+Keys = Annotated[tuple[ApiKey, ...], AfterValidator(_distinct_keys)]
+
+
+class ServiceConfig(ModelConfig):
+    """A model, and others beside it, behind one API."""
+
+    limits: ServiceLimits = ServiceLimits()
+    other_models: tuple[ModelConfig, ...] = Field(
+        (), description="more models; the engine of each is a deployment of its own, called EngineReplica-NAME"
+    )
+    api_keys: Keys = Field((), description="keys that may come in; without any, everybody may")
+    tracing: Tracing | None = Field(None, description="tracing of requests; None: off")
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/*\s]+)$")], ...] = Field(
+        (), description="web pages whose scripts may call this, as in `https://example.com`; `*` is all of them"
+    )
+    playground: bool = Field(True, description="serve the web page at `/`: a chat to try things, and the fleet's state")
+
+    @model_validator(mode="after")
+    def _distinct_models(self) -> Self:
+        names = [self.model_name, *(model.model_name for model in self.other_models)]
+        deployments = [deployment_name(name) for name in names[1:]]
+        for found, what in ((names, "model"), (deployments, "deployment")):
+            if len(set(found)) < len(found):
+                repeated = next(value for value in found if found.count(value) > 1)
+                raise ValueError(f"two models have the {what} name {repeated!r}, set served_model_name of one")
+        return self
+
+    @property
+    def engines(self) -> dict[str, ModelConfig]:
+        """All models, by the names of their engines' deployments."""
+        others = {deployment_name(other.model_name): other for other in self.other_models}
+        return {ENGINE_DEPLOYMENT: self, **others}
+
+    def changed(self, live: "LiveConfig") -> "ServiceConfig":
+        """With what a LiveConfig says."""
+        return self.model_copy(update={name: getattr(live, name) for name in live.model_fields_set})
+
+
+class LiveConfig(_Settings):
+    """`user_config` of the deployment Ingress, each key in place of the one in args. A change restarts nothing."""
+
+    default_sampling_params: DefaultSamplingParams = DefaultSamplingParams()
+    limits: ServiceLimits = ServiceLimits()
+    admission: AdmissionConfig = AdmissionConfig()
+    slo: Slo = Slo()
+    api_keys: Keys = ()
+
+
+def deployment_name(model_name: str) -> str:
+    """Of the engine of one of ServiceConfig.other_models."""
+    return f"{ENGINE_DEPLOYMENT}-{re.sub('[^A-Za-z0-9._-]', '-', model_name)}"

@@ -14,11 +14,11 @@ from ray.serve.config import AutoscalingPolicy
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from engine.errors import ConfigError
-from serve_app.config import ServiceConfig
+from serve_app.config import LiveConfig, ServiceConfig
 
 BUILDER = "serve_app.app:build_app"
-DEPLOYMENTS = ("Ingress", "EngineReplica")
-"""Names of the deployments that the builder makes; the file may set options of these."""
+INGRESS = "Ingress"
+"""Name of the ingress deployment."""
 _UNTYPED_MODELS: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
     (ServeApplicationSchema, "autoscaling_policy"): AutoscalingPolicy
 }
@@ -71,11 +71,18 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 def _application_problems(application: dict[str, Any], where: str) -> Iterator[str]:
     if application["import_path"] != BUILDER:
         return
-    yield from _invalid_values(application.get("args") or {}, ServiceConfig, f"{where}.args")
+    arguments = application.get("args") or {}
+    problems = list(_invalid_values(arguments, ServiceConfig, f"{where}.args"))
+    if problems:
+        yield from problems
+        return
+    names = (INGRESS, *ServiceConfig.model_validate(arguments).engines)
     for index, deployment in enumerate(application.get("deployments") or ()):
         path = f"{where}.deployments[{index}]"
-        if deployment["name"] not in DEPLOYMENTS:
-            yield f"{path}.name is {deployment['name']!r}, expected one of {', '.join(DEPLOYMENTS)}"
+        if deployment["name"] not in names:
+            yield f"{path}.name is {deployment['name']!r}, expected one of {', '.join(names)}"
+        if deployment["name"] == INGRESS:
+            yield from _invalid_values(deployment.get("user_config") or {}, LiveConfig, f"{path}.user_config")
         scaling = deployment.get("autoscaling_config") or {}
         yield from _policy_problems(scaling.get("policy") or {}, f"{path}.autoscaling_config.policy")
 

@@ -19,7 +19,6 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from engine.errors import EngineDeadError
 from engine.request import EngineRequest, RequestOutput
 from serve_app import ray_private
 from serve_app.attempt import ReplicaAttempt, ReplicaLostError
@@ -68,7 +67,6 @@ class EngineClient:
         self._generate = ray_private.over_grpc(handle, "generate", stream=True)
         self._info = ray_private.over_grpc(handle, "info")
         self._adapters = ray_private.over_grpc(handle, "adapters")
-        self._check_health = ray_private.over_grpc(handle, "check_health")
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(EngineResult)
         self._calls: set[asyncio.Task[None]] = set()
@@ -118,14 +116,6 @@ class EngineClient:
             return await self._adapters.remote()
         except FAILURES as error:
             raise _error_of(error) from None
-
-    async def check_health(self) -> None:
-        """Raise ApiError unless some replica is well."""
-        try:
-            async with asyncio.timeout(ROUTING_TIMEOUT_S):
-                await self._check_health.remote()
-        except (*FAILURES, TimeoutError, EngineDeadError):
-            raise unavailable() from None
 
     async def _run(self, attempt: ReplicaAttempt, patience_s: float) -> AsyncGenerator[RequestOutput, None]:
         self.fleet.begin(attempt)

@@ -8,6 +8,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.auth import ApiKeys, Caller
+from serve_app.config import ServiceLimits
 from serve_app.openai.errors import ApiError, bad_request
 
 _CALLER = "qwen3_serve.caller"
@@ -24,7 +25,7 @@ class Gate:
         app: what is behind.
         keys: those that may come in.
         open_routes: routes that take requests without a key; the router tries no other route of their paths before.
-        most_header_bytes: of all names and values together.
+        limits: tells the limits of this moment; `header_bytes` is for all names and values together.
         respond: makes the response for an error, in the form that clients of the path expect.
     """
 
@@ -33,13 +34,13 @@ class Gate:
         app: ASGIApp,
         keys: ApiKeys,
         open_routes: Iterable[BaseRoute],
-        most_header_bytes: int,
+        limits: Callable[[], ServiceLimits],
         respond: Callable[[Scope, ApiError], Response],
     ) -> None:
         self._app = app
         self._keys = keys
         self._open_routes = tuple(open_routes)
-        self._most_header_bytes = most_header_bytes
+        self._limits = limits
         self._respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,7 +51,7 @@ class Gate:
             await send({"type": "websocket.close", "code": 1008})  # no route takes any
             return
         try:
-            _check_headers(scope, self._most_header_bytes)
+            _check_headers(scope, self._limits().header_bytes)
             if any(route.matches(scope)[0] is Match.FULL for route in self._open_routes):
                 await self._app(scope, receive, send)
                 return

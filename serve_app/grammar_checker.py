@@ -39,6 +39,13 @@ class GrammarChecker:
         self._num_waiting = 0
         self._process: Process | None = None
 
+    def configure(self, limits: Limits) -> None:
+        """Use other limits from now on."""
+        if limits.grammar_compile_s != self._compile_s:
+            self._compile_s = limits.grammar_compile_s
+            self._answers.clear()
+            self._retire()
+
     async def check(self, constraint: Constraint, model: ServedModel) -> None:
         """Raise unless an engine can use the grammar.
 
@@ -72,6 +79,7 @@ class GrammarChecker:
             self._num_waiting -= 1
 
     async def _ask(self, grammar: str, model: ServedModel) -> str:
+        compile_s = self._compile_s
         process = self._process or await self._start(model)
         # Until the answer is read the process is good for nobody else.
         self._process = None
@@ -84,7 +92,15 @@ class GrammarChecker:
                 process.kill()
             raise
         self._process = process
+        if compile_s != self._compile_s:  # it goes by limits of before
+            self._retire()
         return msgspec.msgpack.decode(answer, type=str)
+
+    def _retire(self) -> None:
+        """End the process; the next grammar starts another."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+        self._process = None
 
     async def _start(self, model: ServedModel) -> Process:
         settings = WorkerSettings(

@@ -19,7 +19,7 @@ class DecodableHeaders:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not all(value.isascii() for _, value in scope.get("headers", ())):
-            scope = scope | {"headers": [(name, _as_utf8(value)) for name, value in scope["headers"]]}
+            scope = {**scope, "headers": [(name, _as_utf8(value)) for name, value in scope["headers"]]}
         await self._app(scope, receive, send)
 
 

@@ -54,6 +54,7 @@ class EngineReplica:
         self._encoder = msgspec.msgpack.Encoder()
         self._load = LoadReport(config.max_num_seqs)
         self._registry = replica_registry(config, self._engine.stats)
+        self._model_name = model_name
         labels = {"model_name": model_name, "replica": process_id()}
         self._exporting = asyncio.create_task(RayExport(self._registry, labels).run())
         logger.info("%s is loaded: context of %d tokens", config.model, self._engine.max_model_len)
@@ -117,8 +118,9 @@ class EngineReplica:
         return msgspec.to_builtins(self._engine.stats())
 
     async def metrics(self) -> bytes:
-        """This replica's metrics: a Snapshot (msgpack)."""
-        return msgspec.msgpack.encode(Snapshot("replica", process_id(), samples_of(self._registry)))
+        """This replica's metrics: a list of one Snapshot (msgpack)."""
+        snapshot = Snapshot("replica", process_id(), self._model_name, samples_of(self._registry))
+        return msgspec.msgpack.encode([snapshot])
 
     def record_autoscaling_stats(self) -> dict[str, int | float]:
         """For Ray, which hands it to the autoscaling policy: see LoadReport."""

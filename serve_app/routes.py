@@ -52,7 +52,11 @@ CONVERTING: dict[str, tuple[type[BaseModel], Conversion]] = {
 class Service(Protocol):
     """What the routes lead to."""
 
+    config: ServiceConfig
+    """As it is now: what LiveConfig says of it may change."""
+    keys: ApiKeys
     measured: IngressMetrics
+    """Of requests whose model is not known yet."""
 
     async def health(self) -> Response: ...
     async def version(self) -> Response: ...
@@ -64,11 +68,12 @@ class Service(Protocol):
     async def convert(self, request: Request, body: type[BaseModel], conversion: Conversion) -> Response: ...
 
 
-def build_http_app(service: Service, config: ServiceConfig) -> FastAPI:
+def build_http_app(service: Service) -> FastAPI:
     """The application.
 
     Where there are keys, every route is closed to those without one, but for /health and the files of the web page.
     """
+    config = service.config
     app = FastAPI(
         title="qwen3-serve",
         version=version("qwen3-serve"),
@@ -91,15 +96,13 @@ def build_http_app(service: Service, config: ServiceConfig) -> FastAPI:
     for path, (body, conversion) in CONVERTING.items():
         _add_post(app, path, body, _call(service.convert, body, conversion))
     _describe_bodies(app)
-    keys = ApiKeys(config.api_keys)
-    service.measured.expect(GENERATING, keys)
     if config.tracing is not None:
         app.add_middleware(Traced, provider=make_provider(config.tracing))
     app.add_middleware(
         Gate,
-        keys=keys,
+        keys=service.keys,
         open_routes=open_routes,
-        most_header_bytes=config.limits.header_bytes,
+        limits=lambda: service.config.limits,
         respond=error_response,
     )
     if config.cors_origins:

@@ -27,14 +27,12 @@ class FleetMetrics:
     again; `process_metrics_age_seconds` tells.
 
     Args:
-        handles: of the deployments, whose processes answer `metrics()` with a Snapshot (msgpack).
-        model_name: the label that all values get.
+        handles: of the deployments, whose processes answer `metrics()` with a list of Snapshots (msgpack).
     """
 
-    def __init__(self, handles: Sequence[DeploymentHandle], model_name: str) -> None:
+    def __init__(self, handles: Sequence[DeploymentHandle]) -> None:
         self._handles = handles
-        self._model_name = model_name
-        self._decoder = msgspec.msgpack.Decoder(Snapshot)
+        self._decoder = msgspec.msgpack.Decoder(list[Snapshot])
         self._last: list[list[tuple[float, Snapshot]]] = [[] for _ in handles]
         """Of each deployment, with the time of their arrival."""
 
@@ -43,7 +41,7 @@ class FleetMetrics:
         await asyncio.gather(*(self._ask(index) for index in range(len(self._handles))))
         now = time.monotonic()
         known = [(now - at, each) for found in self._last for at, each in found if now - at < FORGOTTEN_AFTER_S]
-        return await asyncio.to_thread(render, known, self._model_name)
+        return await asyncio.to_thread(render, known)
 
     async def _ask(self, index: int) -> None:
         try:
@@ -54,7 +52,8 @@ class FleetMetrics:
         except RayServeException:  # there is no replica
             answers = []
         now = time.monotonic()
-        self._last[index] = [(now, self._decoder.decode(each)) for each in answers if isinstance(each, bytes)]
+        told = [self._decoder.decode(answer) for answer in answers if isinstance(answer, bytes)]
+        self._last[index] = [(now, snapshot) for snapshots in told for snapshot in snapshots]
 
 
 class _Families(Collector):
@@ -67,17 +66,17 @@ class _Families(Collector):
         return self._families
 
 
-def render(snapshots: Sequence[tuple[float, Snapshot]], model_name: str) -> bytes:
+def render(snapshots: Sequence[tuple[float, Snapshot]]) -> bytes:
     """Snapshots, each with its age in seconds, in Prometheus' text format."""
     families: dict[str, Metric] = {}
     for age_s, snapshot in snapshots:
-        constant = {"model_name": model_name, snapshot.process: snapshot.id}
+        constant = {"model_name": snapshot.model_name, snapshot.process: snapshot.id}
         for sample in snapshot.samples:
             family = families.get(sample.metric) or families.setdefault(sample.metric, _family(sample.metric))
             family.add_sample(sample.name, sample.labels | constant, sample.value)
         age = Sample("process_metrics_age_seconds", "", {"process": snapshot.process, "id": snapshot.id}, age_s)
         family = families.get(age.metric) or families.setdefault(age.metric, _family(age.metric))
-        family.add_sample(age.name, age.labels | {"model_name": model_name}, age.value)
+        family.add_sample(age.name, age.labels | {"model_name": snapshot.model_name}, age.value)
     return generate_latest(_Families(families[name] for name in DEFINITIONS if name in families))
 
 

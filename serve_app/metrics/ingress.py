@@ -8,7 +8,6 @@ from prometheus_client import CollectorRegistry
 from serve_app.auth import ApiKeys
 from serve_app.config import ModelConfig, Slo
 from serve_app.metrics.process import counter, gauge, histogram
-from serve_app.metrics.service import KeyCollector
 from serve_app.wire import ModelInfo
 
 OUTCOMES = ("ok", "client_error", "shed", "error", "cancelled")
@@ -56,7 +55,6 @@ class IngressMetrics:
 
     def expect(self, endpoints: Iterable[str], keys: ApiKeys) -> None:
         """Tell which requests there will be, and whose."""
-        self.registry.register(KeyCollector(keys))
         for endpoint in endpoints:
             for outcome in OUTCOMES:
                 self.requests.labels(endpoint, outcome)

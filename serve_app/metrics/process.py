@@ -30,11 +30,13 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
-    """The values of one process at one moment."""
+    """The values that one process has of one model at one moment."""
 
     process: str
     """`ingress` or `replica`, which is also the name of the label that tells them apart."""
     id: str
+    model_name: str
+    """A label of all samples."""
     samples: list[Sample]
 
 

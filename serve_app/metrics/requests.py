@@ -75,6 +75,10 @@ class RequestMeter:
             self._is_cancelled = True
             raise
 
+    def belongs_to(self, metrics: IngressMetrics) -> None:
+        """Count it there: its model is known now."""
+        self._metrics = metrics
+
     def fail(self, error: ApiError) -> None:
         """Note what the client is told. The first error is the one that counts."""
         self.error = self.error or error

@@ -3,6 +3,7 @@
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,7 @@ import msgspec
 from engine.lora.handle import NAME as ADAPTER_NAME
 from engine.request import EngineRequest
 from engine.tokenizer import Tokenizer
-from serve_app.config import Limits, ServiceConfig
+from serve_app.config import Limits, ModelConfig
 from serve_app.openai.errors import ApiError, bad_request
 from serve_app.openai.generation import Delta, TextOptions, Usage
 from serve_app.openai.sampling import GenerationDefaults
@@ -43,8 +44,13 @@ class ServedModel:
     has_adapters: bool = False
     """Whether `name:adapter` is a model too."""
 
+    @property
+    def names(self) -> list[str]:
+        """All that clients may call it."""
+        return [self.name, f"{self.name}:ADAPTER"] if self.has_adapters else [self.name]
+
     @classmethod
-    def from_info(cls, config: ServiceConfig, info: ModelInfo) -> "ServedModel":
+    def from_info(cls, config: ModelConfig, info: ModelInfo) -> "ServedModel":
         """Read the files that the replica sent. Takes a second for a large vocabulary.
 
         Sampling defaults are the configuration's, and where it has none the model's.
@@ -147,12 +153,12 @@ def adapter_of(name: str, model: ServedModel) -> str:
     adapter = name.removeprefix(f"{model.name}:")
     if model.has_adapters and adapter != name and ADAPTER_NAME.fullmatch(adapter):
         return adapter
-    raise model_not_found(name, model)
+    raise model_not_found(name, model.names)
 
 
-def model_not_found(name: str, model: ServedModel) -> ApiError:
-    """A 404."""
-    expected = f"{model.name!r}" + (f" or '{model.name}:ADAPTER'" if model.has_adapters else "")
+def model_not_found(name: str, known: Iterable[str]) -> ApiError:
+    """A 404 that tells the names that are known."""
+    expected = " or ".join(repr(each) for each in known)
     message = f"the model {name[:128]!r} does not exist here, expected {expected}"
     return ApiError(404, message, param="model", code="model_not_found")
 

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from engine.errors import ConfigError
-from serve_app.config import ServiceConfig
-from serve_app.config_file import DEPLOYMENTS, check_config_file, unknown_keys
+from serve_app.config import ENGINE_DEPLOYMENT, ServiceConfig
+from serve_app.config_file import INGRESS, check_config_file, unknown_keys
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 CONFIG = CLUSTER / "config.yaml"
@@ -36,7 +36,7 @@ def test_named_deployments_are_those_of_the_application():
     from serve_app.ingress import Ingress
     from serve_app.replica import EngineReplica
 
-    assert sorted(DEPLOYMENTS) == sorted([Ingress.name, EngineReplica.name])  # type: ignore[attr-defined]
+    assert Ingress.name == INGRESS and EngineReplica.name == ENGINE_DEPLOYMENT  # type: ignore[attr-defined]
 
 
 def changed(tmp_path: Path, *path: Any, key: str, value: Any) -> Path:
