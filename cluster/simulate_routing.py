@@ -41,7 +41,7 @@ LOADS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """How many times as fast as it was a trace is replayed."""
 UNEVEN = (4.0, 16.0, 64.0)
 """How uneven text-prefix routing lets the fleet become, in requests; the best for a trace is shown."""
-OURS, TEXT_PREFIX = "KvAwareRouter", "text prefix"
+OURS = "KvAwareRouter"
 
 
 def _text_prefix(most_uneven: float) -> MakeRouter:
@@ -50,14 +50,17 @@ def _text_prefix(most_uneven: float) -> MakeRouter:
     return lambda ingress: shared
 
 
-ROUTERS: dict[str, Callable[[], MakeRouter]] = {
-    "random": lambda: RandomRouter,
-    "round robin": lambda: RoundRobinRouter,
-    "power of two choices": lambda: PowerOfTwoRouter,
-    "session hash": lambda: SessionHashRouter,
-    "KvAwareRouter, load only": lambda: partial(KvAwareRouter, block_size=MOONCAKE_BLOCK, sees_caches=False),
-    OURS: lambda: partial(KvAwareRouter, block_size=MOONCAKE_BLOCK),
-}
+def routers(most_uneven: float) -> dict[str, MakeRouter]:
+    """All ways to route, by name; `most_uneven` is for text-prefix routing."""
+    return {
+        "random": RandomRouter,
+        "round robin": RoundRobinRouter,
+        "power of two choices": PowerOfTwoRouter,
+        "session hash": SessionHashRouter,
+        "text prefix": _text_prefix(most_uneven),
+        f"{OURS}, load only": partial(KvAwareRouter, block_size=MOONCAKE_BLOCK, sees_caches=False),
+        OURS: partial(KvAwareRouter, block_size=MOONCAKE_BLOCK),
+    }
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,12 @@ def compare(
     equal = [SPEED] * num_replicas
     slow = replace(SPEED, step_s=2 * SPEED.step_s, prefill_tokens_per_s=SPEED.prefill_tokens_per_s / 2)
     most_uneven = best_text_prefix(trace, equal)
-    routers = ROUTERS | {TEXT_PREFIX: lambda: _text_prefix(most_uneven)}
+    names = list(routers(most_uneven))
 
     def run(name: str, load: float, speeds: Sequence[ReplicaSpeed]) -> Routed:
-        return RoutedFleet(speeds, routers[name](), NUM_INGRESSES).replay(at_load(trace, load))
+        return RoutedFleet(speeds, routers(most_uneven)[name], NUM_INGRESSES).replay(at_load(trace, load))
 
-    by_load = {name: [run(name, load, equal) for load in loads] for name in routers}
+    by_load = {name: [run(name, load, equal) for load in loads] for name in names}
     whole = replace(SPEED, num_blocks=SPEED.num_blocks * num_replicas)
     largest = RoutedFleet([whole], RandomRouter, 1).replay(trace).hit_rate
     say(f"\n### {title}\n")
@@ -124,7 +127,7 @@ def compare(
             say(row)
     uneven = [slow if index % 2 else SPEED for index in range(num_replicas)]
     say("\nEvery second replica half as fast, 0.75 times the load:\n")
-    for row in table({name: run(name, 0.75, uneven) for name in routers}):
+    for row in table({name: run(name, 0.75, uneven) for name in names}):
         say(row)
     return Comparison(title, by_load)
 

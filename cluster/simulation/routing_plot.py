@@ -16,7 +16,7 @@ def draw(comparisons: Sequence[Comparison], loads: Sequence[float], path: Path) 
     axes = figure.subplots(len(comparisons), 2, squeeze=False)
     for (left, right), comparison in zip(axes, comparisons, strict=True):
         for name, found in comparison.by_load.items():
-            style = {"linewidth": 2.5, "zorder": 3} if name == OURS else {"linewidth": 1.2}
+            style = {"linewidth": 2.5, "color": "black"} if name == OURS else {"linewidth": 1.2}
             left.plot(loads, [routed.ttft_s(0.9) for routed in found], marker="o", markersize=3, label=name, **style)
             right.plot(loads, [100 * routed.hit_rate for routed in found], marker="o", markersize=3, **style)
         left.set(title=comparison.title, xlabel="load, times the trace's", ylabel="TTFT p90, seconds", yscale="log")

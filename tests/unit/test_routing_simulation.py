@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.simulate_routing import OURS, compare
 from cluster.simulation.caching_replica import CachingReplica
 from cluster.simulation.replica import Outcome, ReplicaSpeed
 from cluster.simulation.routing import (
@@ -147,6 +148,25 @@ def test_every_router_serves_every_request():
         assert sum(routed.computed_tokens) == sum(each.prompt_tokens for each in trace) * (1 - routed.hit_rate)
         rates.append(routed.hit_rate)
     assert rates[-1] > max(rates[:3])
+
+
+def test_a_comparison_is_a_table_for_each_load_and_one_for_an_uneven_fleet():
+    lines: list[str] = []
+    found = compare("Quiet", synthetic_conversations(1.0, 60.0), 2, loads=(1.0,), say=lines.append)
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 2 * (2 + len(found.by_load)) and len({line.count("|") for line in rows}) == 1
+    assert all(len(routed) == 1 for routed in found.by_load.values())
+    hits = {name: routed[0].hit_rate for name, routed in found.by_load.items()}
+    assert hits[OURS] > hits[f"{OURS}, load only"]
+
+
+def test_a_comparison_is_a_picture(tmp_path: Path):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    from cluster.simulation.routing_plot import draw
+
+    found = compare("Quiet", synthetic_conversations(1.0, 20.0), 2, loads=(1.0,), say=lambda line: None)
+    draw([found], (1.0,), tmp_path / "plot.svg")
+    assert "</svg>" in (tmp_path / "plot.svg").read_text()
 
 
 def test_a_mooncake_trace_is_read_and_a_wrong_one_named(tmp_path: Path):
