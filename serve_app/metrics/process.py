@@ -73,8 +73,8 @@ def family_of(name: str, values: float | Mapping[str, float]) -> Metric:
     definition = DEFINITIONS[name]
     family = Metric(definition.full_name.removesuffix("_total"), definition.help, definition.kind)
     if isinstance(values, Mapping):
-        [label] = definition.labels
         for key, value in values.items():
+            [label] = definition.labels
             family.add_sample(definition.full_name, {label: key}, value)
     else:
         family.add_sample(definition.full_name, {}, values)
