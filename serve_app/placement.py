@@ -292,10 +292,10 @@ class Placement:
         uncached = prompt.num_tokens - num_cached
         num_tokens = load.num_prefill_tokens + ahead + uncached
         in_use = 1 - (load.num_free_blocks - num_tokens / prompt.block_size) / load.num_blocks
-        full_s = KV_S * in_use / (1 - min(in_use, KV_FULL))
-        silent_s = max(0.0, now_s - state.updated_s - QUIET_S - 2 * step_s)
+        full_s = KV_S * in_use / (1 - (in_use if in_use < KV_FULL else KV_FULL))
+        silent_s = now_s - state.updated_s - QUIET_S - 2 * step_s
         rate = load.prefill_tokens_per_s or typical_rate
-        wait_s = (num_tokens - uncached) / rate + full_s + silent_s
+        wait_s = (num_tokens - uncached) / rate + full_s + (silent_s if silent_s > 0 else 0.0)
         return Candidate(replica_id, num_cached, wait_s, uncached / rate)
 
 

@@ -86,6 +86,14 @@ def test_a_request_is_not_counted_twice_once_the_report_tells_of_it():
         assert found.ttft_s == pytest.approx(expected_s, abs=0.02)
 
 
+def test_requests_of_others_count_beside_ours():
+    placement = Placement(0)
+    place(placement, "a", prompt(10_000), one=Replica(load()))
+    waiting = Replica(load(num_waiting_tokens=30_000, num_waiting=3), updated_s=1.0)
+    [found] = ranked(placement, prompt(1000, 50_000), 1.0, one=waiting)
+    assert found.ttft_s == pytest.approx(3.1, abs=0.05)  # so far all of ours missed the cache, so theirs do
+
+
 def test_waiting_requests_of_others_miss_the_cache_as_often_as_ours():
     placement, shared = Placement(0), prompt(8000)
     warm = Replica(load(), set(shared.keys))
@@ -187,11 +195,14 @@ def test_of_equal_replicas_that_with_more_free_kv_is_better_and_a_full_one_is_av
 def test_the_ledger_forgets_what_has_a_token_has_ended_or_went_elsewhere():
     placement, asked = Placement(0), prompt(4000)
     replicas = {"a": Replica(load()), "b": Replica(load())}
+    for name in "ab":  # both have something else to do
+        other = prompt(100, 10**6)
+        placement.place(f"other at {name}", other, placement.rank(other, replicas, 0.0), name, 0.0)
     candidates = placement.rank(asked, replicas, 0.0)
     for name in ("first", "ended", "moved"):
         placement.place(name, asked, candidates, "a", 0.0)
     placement.place("moved", asked, candidates, "b", 0.1)
-    assert placement.num_in_flight == 3
+    assert placement.num_in_flight == 5
     placement.first_token("first", 0, 1.0)
     placement.remove("ended")
     placement.remove("ended")
@@ -199,7 +210,7 @@ def test_the_ledger_forgets_what_has_a_token_has_ended_or_went_elsewhere():
     assert (found["a"].num_cached_tokens, found["b"].num_cached_tokens) == (0, 3984)
     placement.first_token("moved", 0, 1.0)
     placement.first_token("unknown", 0, 1.0)
-    assert placement.num_in_flight == 0
+    assert placement.num_in_flight == 2
     assert {each.num_cached_tokens for each in placement.rank(asked, replicas, 1.0)} == {0}
 
 
