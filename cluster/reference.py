@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from cluster.autoscaling import QueueAndKvPolicy
-from serve_app.config import ServiceConfig
+from serve_app.config import LiveConfig, ServiceConfig
 from serve_app.routes import CONVERTING, GENERATING
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -22,7 +22,11 @@ CONFIGURATION = """# Configuration
 
 What `args` of an application in `cluster/*.yaml` may hold, made from the code by `python -m cluster.reference`. An
 unknown key ends the start with its name. The rest of such a file is Ray Serve's: deployments, replicas and the
-autoscaling policy, whose arguments are at the end.
+autoscaling policy, whose arguments are at the end. `cluster/multi-model.yaml` has more than one model.
+
+A change of `args` starts the replicas anew. Limits, keys and defaults can change without: as `user_config` of the
+deployment Ingress, in the place of the same key in `args`, with `serve deploy FILE` or in a RayService. Leave at least
+`user_config: {}` there, as Ray Serve does not tell that it is gone.
 
 """
 API = """# API
@@ -47,7 +51,7 @@ while no replica is ready. A fault after a stream began is an `error` event in i
 
 def configuration() -> str:
     """docs/configuration.md."""
-    sections = "\n".join(_sections({"args": ServiceConfig}))
+    sections = "\n".join(_sections({"args": ServiceConfig, "user_config of Ingress": LiveConfig}))
     return f"{CONFIGURATION}{sections}\n## policy_kwargs of `{QueueAndKvPolicy.__name__}`\n\n{_arguments()}"
 
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from engine.errors import ConfigError
-from serve_app.config import ENGINE_DEPLOYMENT, ServiceConfig
+from serve_app.config import ENGINE_DEPLOYMENT, LiveConfig, ServiceConfig
 from serve_app.config_file import INGRESS, check_config_file, unknown_keys
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
@@ -68,6 +68,13 @@ def changed(tmp_path: Path, *path: Any, key: str, value: Any) -> Path:
         (("applications", 0, "deployments", 0), "autoscaling_config", {"min_replica": 1}, "autoscaling_config.min_r"),
         (("applications", 0, "deployments", 0), "ray_actor_options", {"gpus": 1}, "ray_actor_options.gpus"),
         (("applications", 0), "autoscaling_policy", {"policy": "x"}, "autoscaling_policy.policy"),
+        (("applications", 0, "args"), "other_models", [{"engine": {"modle": "x"}}], "other_models.0.engine.modle"),
+        (("applications", 0, "args"), "other_models", [{"api_keys": []}], "other_models.0.api_keys: Extra inputs"),
+        (("applications", 0, "args"), "other_models", [{"limits": {"body_bytes": 9999}}], "0.limits.body_bytes: Extra"),
+        (("applications", 0, "args"), "other_models", [{}], "two models have the model name 'demo'"),
+        (("applications", 0, "deployments", 1), "name", "EngineReplica-x", "expected one of Ingress, EngineReplica$"),
+        (("applications", 0, "deployments", 0), "user_config", {"engine": {}}, r"\[0\].user_config.engine: Extra"),
+        (("applications", 0, "deployments", 0), "user_config", {"slo": {"ttft_s": 0}}, "user_config.slo.ttft_s"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tmp_path: Path, path: tuple, key: str, value: object, message: str):
@@ -108,3 +115,26 @@ def test_the_model_is_called_what_its_user_calls_it(tmp_path: Path):
     assert name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     assert name(str(folder)) == name(f"{folder}/") == "My-Model"
     assert name("demo", served_model_name="assistant") == "assistant"
+
+
+def test_each_model_has_a_deployment_of_its_own():
+    others = [{"served_model_name": "Qwen/Qwen3-8B"}, {"engine": {"model": "a b"}}]
+    config = ServiceConfig.model_validate({"other_models": others})
+    assert {name: model.model_name for name, model in config.engines.items()} == {
+        "EngineReplica": "demo",
+        "EngineReplica-Qwen-Qwen3-8B": "Qwen/Qwen3-8B",
+        "EngineReplica-a-b": "a b",
+    }
+    with pytest.raises(ValidationError, match="two models have the deployment name 'EngineReplica-a-b'"):
+        ServiceConfig.model_validate({"other_models": [{"served_model_name": name} for name in ("a b", "a/b")]})
+
+
+def test_what_changes_without_a_restart_takes_the_place_of_the_same_in_the_arguments():
+    config = ServiceConfig.model_validate({"limits": {"messages": 5, "choices": 3}, "slo": {"ttft_s": 7}})
+    changed = config.changed(LiveConfig.model_validate({"limits": {"messages": 6}}))
+    assert (changed.limits.messages, changed.limits.choices, changed.slo.ttft_s) == (6, 16, 7)
+    assert config.changed(LiveConfig()) == config
+    for name, field in LiveConfig.model_fields.items():
+        assert field.annotation == ServiceConfig.model_fields[name].annotation
+    with pytest.raises(ValidationError, match="there twice"):
+        LiveConfig.model_validate({"api_keys": [{"name": "a", "sha256": "0" * 64}] * 2})
