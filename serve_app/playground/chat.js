@@ -120,7 +120,7 @@ export class Chat {
       this.#running = null;
       draw();
       this.#showRunning(false);
-      this.#showContext(answer);
+      if (this.#conversation.entries.includes(answer)) this.#showContext(answer);
       announce(answer.error ?? (answer.content.slice(0, MOST_ANNOUNCED) || "The answer has ended."));
     }
   }
