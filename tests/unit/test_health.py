@@ -11,8 +11,8 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError
 from engine.llm_engine import MAX_FAILED_STEPS, LLMEngine
+from engine.outcome import LaunchedStep
 from engine.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
-from engine.runner import ModelRunner
 from tests.tiny_models import make_tiny_qwen3
 
 FIELDS = {"kv_cache_memory": "2MiB", "block_size": 4, "max_num_seqs": 4, "show_progress": False, "device": "cpu"}
@@ -144,16 +144,10 @@ async def test_an_idle_engine_is_healthy(path):
 
 def test_an_engine_is_there_only_after_its_warm_up(path, monkeypatch):
     """Ray calls a replica ready when its constructor has returned."""
-    launch, steps = ModelRunner.launch, []
-
-    def note(runner: ModelRunner, *args: object) -> object:
-        launched = launch(runner, *args)
-        steps.append(launched.result())
-        return launched
-
-    monkeypatch.setattr(ModelRunner, "launch", note)
+    result, steps = LaunchedStep.result, []
+    monkeypatch.setattr(LaunchedStep, "result", lambda launched: steps.append(result(launched)) or steps[-1])
     LLMEngine(EngineConfig(model=path, **FIELDS))
     assert steps and steps[0].is_finite == [True]
-    monkeypatch.setattr(ModelRunner, "launch", fail_on_cuda)
+    monkeypatch.setattr(LaunchedStep, "result", fail_on_cuda)
     with pytest.raises(torch.OutOfMemoryError):
         AsyncEngine(EngineConfig(model=path, **FIELDS))
