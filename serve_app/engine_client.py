@@ -50,14 +50,14 @@ class EngineClient:
     Args:
         handle: of the EngineReplica deployment, not used before.
         ingress_id: a name of this process that no other ingress has.
-        block_size: tokens of a KV block in the replicas.
+        block_size: tokens of a KV block in the replicas; None if they have no prefix cache.
 
     Attributes:
         num_migrations: requests that went on at another replica, by why the first was lost.
         num_given_up: requests that ended with an error because too many replicas were lost, or none was left.
     """
 
-    def __init__(self, handle: DeploymentHandle, ingress_id: str, block_size: int) -> None:
+    def __init__(self, handle: DeploymentHandle, ingress_id: str, block_size: int | None) -> None:
         ray_private.keep_on_this_loop(handle)
         self.fleet = fleet_of(handle.app_name, handle.deployment_name)
         self.fleet.attach(ingress_id, block_size)
@@ -169,7 +169,7 @@ class _Course:
         self._request = request
         self._output_ids: list[int] = []
         self._num_cached_tokens: int | None = None
-        self._avoid: frozenset[str] = frozenset()
+        self._avoid: dict[str, float] = {}
         self._num_attempts = 0
         self._num_deaths = 0
         self._deadline_s: float | None = None
@@ -206,7 +206,7 @@ class _Course:
         self._num_deaths += loss is not Loss.SILENT
         self._deadline_s = time.monotonic() + (RESUME_TIMEOUT_S if self._output_ids else ROUTING_TIMEOUT_S)
         if attempt.replica_id is not None:
-            self._avoid |= {attempt.replica_id}
+            self._avoid[attempt.replica_id] = time.monotonic()
         return self._num_attempts < MOST_ATTEMPTS and self._num_deaths < MOST_DEATHS
 
     def may_wait(self, error: ApiError) -> bool:

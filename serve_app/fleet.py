@@ -23,6 +23,8 @@ logger = logging.getLogger("ray.serve")
 
 SILENT_AFTER_S = 3.0
 """A replica that has told nothing for so long is taken for hung."""
+BACK_AFTER_S = 1.0
+"""What comes so long after a replica was lost does not come from before."""
 REOPEN_DELAY_S = 0.2
 """Between the end of a step stream and the next try to open it."""
 
@@ -46,8 +48,8 @@ class Attempt(Protocol):
     """Its id is the attempt's: another try has another."""
     replica_id: str | None
     """Where the router sent it; None until it has chosen."""
-    avoid: frozenset[str]
-    """Replicas that failed earlier attempts: to be chosen only where there are no others."""
+    avoid: Mapping[str, float]
+    """Replicas that earlier attempts were lost with, and when, by `time.monotonic()`."""
 
     @property
     def num_received(self) -> int:
@@ -109,7 +111,7 @@ class Fleet:
     Attributes:
         replicas: those that take requests, and those that leave but still have attempts; by replica id.
         attempts: those that have not ended, by the id of their request.
-        block_size: tokens of a KV block, as keys of blocks go by it; None until attached.
+        block_size: tokens of a KV block, as keys of blocks go by it; None until attached, and without prefix caches.
         observer: told of first tokens and ends, if the router wants to know.
     """
 
@@ -122,12 +124,12 @@ class Fleet:
         self._decoder = msgspec.msgpack.Decoder(StepUpdate)
         self._watch: asyncio.Task[None] | None = None
 
-    def attach(self, ingress_id: str, block_size: int) -> None:
+    def attach(self, ingress_id: str, block_size: int | None) -> None:
         """For EngineClient: open step streams from now on. Without it, replicas can be called, but are not followed.
 
         Args:
             ingress_id: of this process; replicas know it by this.
-            block_size: tokens of a KV block.
+            block_size: tokens of a KV block; None if the replicas have no prefix cache.
         """
         self._ingress_id, self.block_size = ingress_id, block_size
         self._watch = asyncio.get_running_loop().create_task(self._watch_replicas())
@@ -158,14 +160,17 @@ class Fleet:
     def candidates(self, attempt: Attempt | None = None) -> list[ReplicaView]:
         """For the router: the replicas that may get an attempt, or any other call.
 
-        Those that are known to answer and have not failed the request before; where there are none, the next best.
+        Those that are known to answer, or else all. An attempt whose request has lost replicas already goes to one that
+        answers, and back to a lost one only when that has answered since; there may be none, and it has to wait.
         """
-        views = [view for view in self.replicas.values() if not view.is_leaving]
-        views = [view for view in views if not view.is_silent] or views
-        views = [view for view in views if view.load is not None] or views
-        if attempt is not None and attempt.avoid:
-            views = [view for view in views if view.replica_id not in attempt.avoid] or views
-        return views
+        staying = [view for view in self.replicas.values() if not view.is_leaving]
+        answering = [view for view in staying if view.load is not None and not view.is_silent]
+        if attempt is None or not attempt.avoid:
+            return answering or staying
+        lost_s = attempt.avoid
+        return [view for view in answering if view.replica_id not in lost_s] or [
+            view for view in answering if view.updated_s > lost_s[view.replica_id] + BACK_AFTER_S
+        ]
 
     def assign(self, request_id: str, replica_id: str) -> None:
         """For the router: it sends an attempt to this replica. Ray may ask for another, if the first refuses."""

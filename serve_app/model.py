@@ -44,7 +44,8 @@ class Model:
 
     def __init__(self, config: ModelConfig, engine: DeploymentHandle, ingress_id: str) -> None:
         self.name = config.model_name
-        self.client = EngineClient(engine, ingress_id, config.engine.block_size)
+        block_size = config.engine.block_size if config.engine.enable_prefix_caching else None
+        self.client = EngineClient(engine, ingress_id, block_size)
         self.admission = Admission(config.admission, config.slo.ttft_s, self.client.fleet)
         self.grammars = GrammarChecker(config.limits)
         self.measured = IngressMetrics(config)

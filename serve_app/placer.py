@@ -66,7 +66,7 @@ class Placer:
     async def _prompt_of(self, request: EngineRequest) -> Prompt:
         token_ids = request.prompt_token_ids + request.output_token_ids
         block_size = self._fleet.block_size
-        if block_size is None or request.params.prompt_logprobs is not None:  # the latter skip the cache
+        if block_size is None or request.params.prompt_logprobs is not None:  # such prompts are computed in any case
             return Prompt((), len(token_ids), block_size or 1)
         keys: list[bytes] = []
         salt = prefix_salt(request.cache_salt, request.adapter)

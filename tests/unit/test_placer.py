@@ -88,6 +88,14 @@ def test_prompt_logprobs_skip_the_cache():
     assert placer.counters.num_prompt_tokens == 3200 and placer.counters.num_predicted_cached_tokens == 0
 
 
+def test_without_prefix_caches_equal_prompts_do_not_stay_together():
+    fleet = make_fleet(a=[], b=[])
+    fleet.block_size = None
+    placer = Placer(fleet, seed=0)
+    chosen = [rank(fleet, placer, begin(fleet, f"r{index}"))[0] for index in range(6)]
+    assert chosen.count("a") == 3
+
+
 def test_an_attempt_counts_where_it_was_sent_until_it_has_a_token_or_ends():
     fleet = make_fleet(a=[], b=[])
     placer = Placer(fleet, seed=0)
