@@ -40,7 +40,10 @@ OpenAI does not have, to vLLM.
 |---|---|
 | `GET /v1/models`, `GET /v1/models/{id}` | the models, with the sampling parameters that hold by default |
 | `GET /health` | 200 when a model can be used, else 503; needs no key |
+| `GET /status` | models, their replicas and loads, and the autoscaler's target, as the answering ingress sees them |
+| `GET /metrics` | of every process, in Prometheus' text format: `docs/metrics.md` |
 | `GET /version` | of this software |
+| `GET /` | the web page; needs no key: `docs/playground.md` |
 
 Errors are `{"error": {"message", "type", "param", "code"}}`: 400 for what a client sent, 401 without a key, 404 for an
 unknown model or route, 413 and 431 for too much, 429 with `Retry-After` where limits are met, 503 with `Retry-After`
