@@ -113,7 +113,7 @@ class ModelView {
     this.#figures.prefill.show(sum((load) => load.prefill_tokens_per_s), rate(sum((load) => load.prefill_tokens_per_s)));
     this.#showReplicas(model.replicas);
     const { min_replicas: least, max_replicas: most } = model;
-    this.#note.textContent = most === null ? "" : `The autoscaler keeps ${least} to ${most} replicas.`;
+    this.#note.textContent = scaling(least, most);
   }
 
   /** Rows stay as long as their replicas do: nothing jumps, and what is selected stays so. */
@@ -188,6 +188,11 @@ class ReplicaRow {
     this.#step.textContent = load === null ? "–" : `${(load.step_s * 1000).toFixed(1)} ms`;
     this.#prefill.textContent = load === null ? "–" : rate(load.prefill_tokens_per_s);
   }
+}
+
+function scaling(least, most) {
+  if (most === null) return "";
+  return least === most ? `The number of replicas is fixed at ${most}.` : `The autoscaler keeps ${least} to ${most} replicas.`;
 }
 
 function percent(share) {

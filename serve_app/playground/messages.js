@@ -91,7 +91,7 @@ export class AnswerView {
     this.root.classList.toggle("waiting", isRunning && answer.isEmpty && !answer.reasoning);
     this.root.setAttribute("aria-busy", String(isRunning));
     this.#fold.hidden = !answer.reasoning;
-    this.#summary.textContent = answer.isThinking ? "Thinking…" : `Thought for ${seconds(answer.thinkingSeconds)}`;
+    this.#summary.textContent = answer.isThinking ? "Thinking…" : `Thought for ${milliseconds(1000 * answer.thinkingSeconds)}`;
     this.#showThinking();
     showMarkdown(this.#content, answer.content);
     this.#showCalls();
@@ -125,7 +125,7 @@ export class AnswerView {
 
   #addCard(call) {
     const given = element("code");
-    const head = element("p.call-name", {}, element("span", {}, "calls "), element("code", {}, call.name));
+    const head = element("p.call-name", {}, element("span", {}, "Calls "), element("code", {}, call.name));
     this.#calls.append(element("section.call", { "aria-label": `Call of ${call.name}` }, head, element("pre", { tabIndex: 0 }, given)));
     return given;
   }
