@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from matplotlib.figure import Figure
 
 from cluster.grafana.__main__ import dashboards
+from cluster.grafana.promql import resolve
 from cluster.prometheus.server import Prometheus
 
 PORT = 9090
@@ -35,12 +36,7 @@ img { width: 100% } .number { font-size: 1.8rem } table { font-size: 12px }
 """
 
 
-def resolve(expression: str, interval_s: float) -> str:
-    """An expression of a panel, with all models and this interval for what a viewer would choose."""
-    return expression.replace("$__rate_interval", f"{math.ceil(interval_s)}s").replace("$model_name", ".*")
-
-
-def page(prometheus: Prometheus, period_s: float, interval_s: float) -> str:
+def page(prometheus: Prometheus, period_s: float, interval_s: int) -> str:
     """All panels of all dashboards as one HTML page that needs no other file.
 
     Args:
@@ -64,7 +60,7 @@ def page(prometheus: Prometheus, period_s: float, interval_s: float) -> str:
     return "\n".join(parts)
 
 
-def _figure(prometheus: Prometheus, panel: dict[str, Any], period_s: float, interval_s: float) -> str:
+def _figure(prometheus: Prometheus, panel: dict[str, Any], period_s: float, interval_s: int) -> str:
     end_s = time.time()
     lines: list[tuple[str, list[list[Any]]]] = []
     labels: list[dict[str, str]] = []
@@ -74,19 +70,23 @@ def _figure(prometheus: Prometheus, panel: dict[str, Any], period_s: float, inte
         )
         lines += [(_legend(target["legendFormat"], each["metric"]), each["values"]) for each in series]
         labels += [each["metric"] for each in series]
-    shown = {"stat": _number, "table": _table}.get(panel["type"])
-    body = shown(lines, labels) if shown is not None else _plot(panel, lines, end_s)
     caption = f"{html.escape(panel['title'])}<small>{html.escape(panel['description'])}</small>"
-    return f"<figure><figcaption>{caption}</figcaption>{body if lines else 'no data yet'}</figure>"
+    if not lines:
+        body = "no data yet"
+    elif panel["type"] == "stat":
+        body = _number(lines)
+    else:
+        body = _table(labels) if panel["type"] == "table" else _plot(panel, lines, end_s)
+    return f"<figure><figcaption>{caption}</figcaption>{body}</figure>"
 
 
-def _number(lines: list[tuple[str, list[list[Any]]]], _: list[dict[str, str]]) -> str:
+def _number(lines: list[tuple[str, list[list[Any]]]]) -> str:
     return " ".join(
         f"<span class=number>{float(values[-1][1]):.4g}</span> {html.escape(name)}" for name, values in lines
     )
 
 
-def _table(_: list[tuple[str, list[list[Any]]]], labels: list[dict[str, str]]) -> str:
+def _table(labels: list[dict[str, str]]) -> str:
     rows = ("".join(f"<td>{html.escape(f'{key}: {value}')}" for key, value in each.items()) for each in labels)
     return "<table>" + "".join(f"<tr>{row}" for row in rows) + "</table>"
 
@@ -109,7 +109,7 @@ def _plot(panel: dict[str, Any], lines: list[tuple[str, list[list[Any]]]], end_s
             low = [bottom.get(at, 0.0) if is_stacked else 0.0 for at, _ in known]
             high = [base + value for base, (_, value) in zip(low, known, strict=True)]
             at = [(moment - end_s) / 60 for moment, _ in known]
-            axes.plot(at, high, linewidth=1.2, label=name)
+            axes.plot(at, high, linewidth=1.2, label=name or "(none)")
             if is_stacked:
                 axes.fill_between(at, low, high, alpha=0.3)
                 bottom |= {moment: value for (moment, _), value in zip(known, high, strict=True)}

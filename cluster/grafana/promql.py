@@ -45,5 +45,10 @@ def spent(window: str) -> str:
     return f"max(qwen3:slo_error_ratio:rate{window}{{{ONE_MODEL}}})"
 
 
+def resolve(expression: str, interval_s: int) -> str:
+    """A panel's expression as Prometheus takes it: all models, and rates over so many seconds."""
+    return expression.replace("$__rate_interval", f"{interval_s}s").replace("$model_name", ".*")
+
+
 def _by(label: str) -> str:
     return f" by ({label}) " if label else ""

@@ -90,3 +90,16 @@ def test_a_hot_prefix_is_served_by_all(pair: Server):
     made = [now - earlier for earlier, now in zip(before, after, strict=True)]
     assert len(made) == 2 and min(made) >= 0.2 * sum(made), made
     assert sum(usage["cached"] > 0 for usage in found) >= len(found) / 2, found
+
+
+def test_either_ingress_tells_the_metrics_of_all_and_each_request_counts_once(pair: Server):
+    names = ("requests_total", "request_success_total", "engine_requests_total", "generation_tokens_total")
+    before = [sum(counter(pair.url, name)) for name in names]
+    for number in range(8):
+        complete(pair.url, f"number {number}")
+    for _ in range(6):  # on a connection each
+        requests, outputs, ends, tokens = (
+            sum(counter(pair.url, name)) - earlier for name, earlier in zip(names, before, strict=True)
+        )
+        assert requests == outputs == ends == 8 and 8 <= tokens <= 16
+    assert len(counter(pair.url, "requests_open")) == len(counter(pair.url, "num_requests_running")) == 2
