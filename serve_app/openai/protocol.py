@@ -256,6 +256,20 @@ class NamedTool(Body):
     function: FunctionName
 
 
+class AllowedTools(Body):
+    """Some of the tools, and whether one of them has to be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128, fail_fast=True)]
+
+
+class AllowedToolsChoice(Body):
+    """`tool_choice`: the tools that may be called. The model sees no others."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class TemplateVariables(Body):
     """`chat_template_kwargs`: what a request may tell the chat template."""
 
@@ -272,7 +286,7 @@ class ChatBody(GenerationBody):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice = "auto"
     parallel_tool_calls: bool = Field(True, description="false: one call at most; the output ends with it")
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -325,12 +339,16 @@ class ChatBody(GenerationBody):
 
     @field_validator("tool_choice")
     @classmethod
-    def _one_of_the_tools(cls, value: str | NamedTool, info: ValidationInfo) -> str | NamedTool:
+    def _one_of_the_tools(
+        cls, value: str | NamedTool | AllowedToolsChoice, info: ValidationInfo
+    ) -> str | NamedTool | AllowedToolsChoice:
         names = [tool.function.name for tool in info.data.get("tools") or ()]
         if value == "required" and not names:
             raise ValueError("is 'required', expected tools beside it")
-        if isinstance(value, NamedTool) and value.function.name not in names:
-            raise ValueError(f"names the function {value.function.name[:64]!r}, expected one of the tools")
+        named = value.allowed_tools.tools if isinstance(value, AllowedToolsChoice) else [value]
+        for tool in named:
+            if isinstance(tool, NamedTool) and tool.function.name not in names:
+                raise ValueError(f"names the function {tool.function.name[:64]!r}, expected one of the tools")
         return value
 
     @field_validator("continue_final_message")

@@ -107,6 +107,14 @@ class NamedFunction(Body):
     name: Id
 
 
+class AllowedFunctions(Body):
+    """`tool_choice`: the functions that may be called. The model sees no others."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=128, fail_fast=True)]
+
+
 class TextFormat(Body):
     """The form of the answer."""
 
@@ -153,7 +161,7 @@ class ResponsesBody(Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction = "auto"
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | AllowedFunctions = "auto"
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
     reasoning: ReasoningOptions | None = None
@@ -195,7 +203,13 @@ def chat_values(body: ResponsesBody) -> dict[str, Any]:
         values["tools"] = [_tool(tool) for tool in body.tools]
     values["tool_choice"] = body.tool_choice
     if isinstance(body.tool_choice, NamedFunction):
-        values["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}
+        values["tool_choice"] = _named(body.tool_choice)
+    elif isinstance(body.tool_choice, AllowedFunctions):
+        tools = [_named(tool) for tool in body.tool_choice.tools]
+        values["tool_choice"] = {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": body.tool_choice.mode, "tools": tools},
+        }
     if body.text.format.type != "text":
         values["response_format"] = _response_format(body.text.format)
     if body.reasoning is not None:
@@ -214,6 +228,10 @@ def _response_format(wanted: TextFormat) -> dict[str, Any]:
         return {"type": "json_object"}
     schema = {"name": wanted.name, "description": wanted.description, "schema": wanted.json_schema}
     return {"type": "json_schema", "json_schema": schema | {"strict": wanted.strict}}
+
+
+def _named(tool: NamedFunction) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": tool.name}}
 
 
 def _messages(body: ResponsesBody) -> list[dict[str, Any]]:

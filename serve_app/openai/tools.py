@@ -7,7 +7,7 @@ from serve_app.openai.endpoint import ServedModel
 from serve_app.openai.errors import bad_request
 from serve_app.openai.parsing.call import Schemas
 from serve_app.openai.parsing.formats import ToolFormat, tool_format
-from serve_app.openai.protocol import ChatBody, NamedTool, Tool
+from serve_app.openai.protocol import AllowedToolsChoice, ChatBody, NamedTool, Tool
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +41,22 @@ class ToolUse:
         if found is None:
             message = "this model's chat template has no tool calls of a known format; leave tools out"
             raise bad_request(message, "tools", "unsupported_parameter")
-        schemas = {tool.function.name: _arguments_schema(tool) for tool in body.tools}
+        offered, must_call = body.tools, body.tool_choice == "required"
+        if isinstance(body.tool_choice, AllowedToolsChoice):
+            allowed = {tool.function.name for tool in body.tool_choice.allowed_tools.tools}
+            offered = [tool for tool in offered if tool.function.name in allowed]
+            must_call = body.tool_choice.allowed_tools.mode == "required"
+        schemas = {tool.function.name: _arguments_schema(tool) for tool in offered}
         named = isinstance(body.tool_choice, NamedTool)
         if isinstance(body.tool_choice, NamedTool):
             name = body.tool_choice.function.name
             schemas = {name: schemas[name]}
         return cls(
-            offered=tuple(body.tools),
+            offered=tuple(offered),
             format=found,
             schemas=schemas,
-            strict=frozenset(tool.function.name for tool in body.tools if tool.function.strict),
-            must_call=named or body.tool_choice == "required",
+            strict=frozenset(tool.function.name for tool in offered if tool.function.strict),
+            must_call=named or must_call,
             is_named=named,
             most_calls=1 if named or not body.parallel_tool_calls else None,
         )

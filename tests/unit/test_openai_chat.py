@@ -244,6 +244,16 @@ def test_without_tools_a_call_is_text():
     assert "get_weather" not in prompt(tools=TOOLS, tool_choice="none")
 
 
+def test_allowed_tools_are_those_that_the_model_sees():
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "now"}}]}
+    fields = {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": allowed}}
+    assert "get_weather" not in prompt(**fields) and '"now"' in prompt(**fields)
+    assert answer(NOW, **fields)["finish_reason"] == "tool_calls"
+    assert chat(**fields).constraint is None
+    fields["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed | {"mode": "required"}}
+    assert chat(**fields).constraint is not None
+
+
 def test_a_call_that_is_cut_off_is_no_reason_to_call():
     [whole], _ = run(chat(tools=TOOLS), [TOKENIZER.encode(WEATHER.partition("ris")[0])], [])
     [choice] = whole["choices"]

@@ -110,6 +110,15 @@ def test_nesting_breaks_nothing(brackets: str):
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        (
+            {
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "f"}}]},
+                }
+            },
+            "tool_choice",
+        ),
         ({"continue_final_message": True}, "continue_final_message"),
         (
             {

@@ -169,6 +169,9 @@ def test_the_form_of_the_answer_is_a_grammar():
     assert whole(made, '{"a": 1}')["text"]["format"] == wanted
     assert responses().constraint is None
     assert responses(tools=TOOLS, tool_choice="required").constraint is not None
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": TOOLS[0]["name"]}]}
+    made = responses(tools=TOOLS, tool_choice=allowed)
+    assert made.constraint is not None and whole(made, "x")["tool_choice"] == allowed
 
 
 @pytest.mark.parametrize(
