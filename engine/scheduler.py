@@ -111,6 +111,8 @@ class Scheduler:
         """Tokens of the waiting requests."""
         self.waiting_for: WaitingFor | None = None
         """What the first waiting request lacked in the last step, if one waits."""
+        self._has_prefill = False
+        """Whether any running request may have got no token from the last step."""
         self.counters = SchedulerCounters()
         self._block_limit = pool.num_blocks - int(watermark * pool.num_blocks)
         self.adapter_places = AdapterPlaces(max_loras)
@@ -121,6 +123,8 @@ class Scheduler:
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens that running requests have still to compute, but for each one's last."""
+        if not self._has_prefill:
+            return 0
         return sum(max(0, len(request.token_ids) - 1 - request.num_computed_tokens) for request in self.running)
 
     def add(self, request: Request) -> None:
@@ -154,6 +158,7 @@ class Scheduler:
         self.waiting_for = None
         if self.waiting:
             self.waiting_for = WaitingFor.BLOCKS if num_preempted else self._schedule_waiting(step, budget)
+        num_sampling = 0
         for index, (request, num_new) in enumerate(zip(step.requests, step.num_new_tokens, strict=True)):
             start = request.num_computed_tokens
             step.starts.append(start)
@@ -162,11 +167,14 @@ class Scheduler:
             if start + num_new - num_guesses == len(request.token_ids) + request.num_pending_tokens:
                 request.num_pending_tokens += 1
                 step.sampling += [index] * (1 + num_guesses)
+                num_sampling += 1
+        self._has_prefill = num_sampling < len(self.running)
         return step
 
     def take_back(self, step: Step) -> None:
         """Undo `schedule` for a step that was not launched. Requests that it admitted wait again."""
         is_sampling = set(step.sampling)
+        self._has_prefill = True
         for index, (request, start) in enumerate(zip(step.requests, step.starts, strict=True)):
             if request.finish_reason is not None:
                 continue

@@ -90,6 +90,8 @@ def check_invariants(scheduler: Scheduler, live: list[Request]) -> None:
     assert len(set(slots)) == len(slots) <= scheduler.max_num_seqs
     assert sorted(id(r) for r in scheduler.running + scheduler.waiting) == sorted(id(r) for r in live)
     assert all(request.slot == -1 and not request.block_table for request in scheduler.waiting)
+    missing = [len(request.token_ids) - 1 - request.num_computed_tokens for request in scheduler.running]
+    assert scheduler.num_prefill_tokens == sum(max(0, count) for count in missing)
     assert scheduler.num_waiting_tokens == sum(request.num_tokens for request in scheduler.waiting)
 
 
