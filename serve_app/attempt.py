@@ -1,7 +1,7 @@
 """One attempt to run a request on a replica: the call, and what comes of it by either way."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 
 from engine.output_buffer import OutputBuffer
 from engine.request import EngineRequest, RequestOutput
@@ -22,10 +22,10 @@ class ReplicaAttempt:
 
     Args:
         request: what to run.
-        avoid: replicas to choose only where there are no others.
+        avoid: replicas that the request has lost, and when, by `time.monotonic()`.
     """
 
-    def __init__(self, request: EngineRequest, avoid: frozenset[str]) -> None:
+    def __init__(self, request: EngineRequest, avoid: Mapping[str, float]) -> None:
         self.request = request
         self.replica_id: str | None = None
         self.avoid = avoid

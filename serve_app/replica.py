@@ -90,14 +90,12 @@ class EngineReplica:
 
         Args:
             ingress_id: any name, the same as in its calls of `generate`. A stream ends when another one is opened for
-                the same ingress.
-
-        Raises:
-            EngineDeadError: the engine does not run (any more).
+                the same ingress, and where the engine has ended.
         """
         async with aclosing(self._senders.updates(ingress_id)) as updates:
             async for update in updates:
-                self._engine.check_health()
+                if self._engine.status is not EngineStatus.RUNNING:
+                    return
                 yield self._encoder.encode(update)
 
     async def info(self) -> bytes:

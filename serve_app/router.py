@@ -29,7 +29,9 @@ class KvAwareRouter(RequestRouter):
         known = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         views = [view for view in self._fleet.candidates(attempt) if view.replica_id in known]
         views.sort(key=lambda view: view.num_attempts)
-        if attempt is not None and views:
+        if attempt is not None:
+            if not views:
+                return []  # it waits for a replica that answers
             views = await self._placer.rank(attempt, views)
             self._fleet.assign(attempt.request.request_id, views[0].replica_id)
         return [[known[view.replica_id]] for view in views] or [candidate_replicas]

@@ -155,9 +155,8 @@ async def test_an_engine_that_ends_gives_its_requests_up_without_a_last_output(r
     await read(updates, "r", 1)
     await replica.__del__()
     assert (await running).refusal.kind is RefusalKind.ENGINE_ENDED
-    with pytest.raises(EngineDeadError):
-        async for update in updates:
-            assert not any(output.finish_reason for output in update.outputs)
+    async for update in updates:
+        assert not any(output.finish_reason for output in update.outputs)
     assert (await run(replica, "another")).refusal.kind is RefusalKind.UNAVAILABLE
     with pytest.raises(EngineDeadError, match="stopped"):
         await replica.check_health()

@@ -1,7 +1,8 @@
 """Fleet: what step streams tell is kept right through gaps, breaks and silence; who may get requests."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 import msgspec
 import pytest
@@ -58,9 +59,9 @@ def set_replicas(fleet: Fleet, **replicas: Replica) -> None:
     fleet.replicas_changed({name: replica.open_steps for name, replica in replicas.items()})
 
 
-def begin(fleet: Fleet, name: str, replica_id: str, avoid: frozenset[str] = frozenset()) -> ReplicaAttempt:
+def begin(fleet: Fleet, name: str, replica_id: str, avoid: Mapping[str, float] | None = None) -> ReplicaAttempt:
     request = EngineRequest(request_id=name, prompt_token_ids=[1], params=SamplingParams())
-    attempt = ReplicaAttempt(request, avoid)
+    attempt = ReplicaAttempt(request, avoid or {})
     fleet.begin(attempt)
     fleet.accepted(name, replica_id)
     return attempt
@@ -159,10 +160,23 @@ async def test_those_that_answer_and_have_not_failed_a_request_come_first(fleet:
     assert [view.replica_id for view in fleet.candidates()] == ["heard"]
     unheard.say(0, is_snapshot=True)
     await until(lambda: len(fleet.candidates()) == 2)
-    avoiding = begin(fleet, "x", "heard", avoid=frozenset({"heard"}))
+    now_s = time.monotonic()
+    avoiding = begin(fleet, "x", "heard", avoid={"heard": now_s})
     assert [view.replica_id for view in fleet.candidates(avoiding)] == ["unheard"]
-    avoiding_all = begin(fleet, "y", "heard", avoid=frozenset({"heard", "unheard"}))
-    assert len(fleet.candidates(avoiding_all)) == 2
+
+
+async def test_a_lost_replica_comes_back_when_it_has_answered_since(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fleet_module, "BACK_AFTER_S", 0.05)
+    replica = Replica()
+    set_replicas(fleet, a=replica)
+    replica.say(0, is_snapshot=True)
+    await until(lambda: fleet.replicas["a"].load is not None)
+    attempt = begin(fleet, "x", "a", avoid={"a": time.monotonic()})
+    assert fleet.candidates(attempt) == []
+    await asyncio.sleep(0.06)
+    assert fleet.candidates(attempt) == []
+    replica.say(1)
+    await until(lambda: fleet.candidates(attempt) != [])
 
 
 async def test_attempts_are_counted_where_they_are(fleet: Fleet):
