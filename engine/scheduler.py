@@ -14,14 +14,13 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 
-import numpy as np
-
+from engine.block_forecast import BlockForecast
 from engine.block_pool import BlockPool, extend_block_keys
 from engine.lora.handle import AdapterPlaces
 from engine.request import FinishReason, Request
 from engine.speculation import look_up
+from engine.stats import SchedulerCounters, WaitingFor
 
 OUTPUT_LENGTH_MEMORY = 64
 """How many finished requests the expected output length remembers, as an exponential mean."""
@@ -45,32 +44,6 @@ class Step:
     """Those that enter the running set, with a slot of their own from now on."""
     grown: list[Request] = field(default_factory=list)
     """Those that were running and got more blocks."""
-
-
-class WaitingFor(StrEnum):
-    """Why the first waiting request was not admitted."""
-
-    TOKENS = "tokens"
-    """The step was full (`max_num_batched_tokens`)."""
-    SEQS = "seqs"
-    """As many requests run as may (`max_num_seqs`)."""
-    BLOCKS = "blocks"
-    """There are too few KV blocks for it, or will be before the running requests end."""
-    ADAPTERS = "adapters"
-    """Running requests use as many other adapters as may be (`max_loras`)."""
-
-
-@dataclass(slots=True)
-class SchedulerCounters:
-    """Running totals since start."""
-
-    num_preemptions: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_prompt_tokens: int = 0
-    num_generated_tokens: int = 0
-    num_guessed_tokens: int = 0
-    num_right_guesses: int = 0
-    num_finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
 
 
 class Scheduler:
@@ -308,7 +281,7 @@ class Scheduler:
             num_unowned = self.pool.num_cached_among(prefix)
             num_shared = len(prefix) - num_unowned
             if self.running:
-                forecast = forecast or _BlockForecast(self.running, self.block_size, self._expected_output)
+                forecast = forecast or BlockForecast(self.running, self.block_size, self._expected_output)
                 if forecast.peak_with(request, num_shared) > self._block_limit:
                     return WaitingFor.BLOCKS
             num_computed = len(prefix) * self.block_size
@@ -392,41 +365,6 @@ class Scheduler:
         extend_block_keys(request.block_keys, token_ids, self.block_size, request.cache_salt)
         for index in range(start, end):
             self.pool.register(request.block_table[index], request.block_keys[index])
-
-
-class _BlockForecast:
-    """Expects the most blocks that a set of requests will own at once.
-
-    A request is expected to make `expected_output` more tokens however many it has made (a memoryless guess), but no
-    more than it may. Sort by tokens still to come, most first; when the j-th ends, the first j are there, each as many
-    tokens longer as the j-th had to go: the peak is the largest of these sums. (The bound is LightLLM's.)
-    """
-
-    def __init__(self, requests: list[Request], block_size: int, expected_output: float) -> None:
-        self._block_size = block_size
-        self._expected_output = expected_output
-        rows = [self._row(request, request.num_shared_blocks) for request in requests]
-        self._used = np.array([used for used, _ in rows])
-        self._to_come = np.array([to_come for _, to_come in rows])
-
-    def _row(self, request: Request, num_shared: int) -> tuple[float, float]:
-        """Blocks of a request's own for the tokens it has, and blocks still to come."""
-        used = -(-request.num_tokens // self._block_size) - num_shared
-        return used, min(self._expected_output, request.max_num_tokens - request.num_tokens) / self._block_size
-
-    def peak_with(self, request: Request, num_shared: int) -> float:
-        """The peak if this request, `num_shared` of whose blocks others own already, were one of the set."""
-        used, to_come = self._row(request, num_shared)
-        all_used = np.append(self._used, used)
-        all_to_come = np.append(self._to_come, to_come)
-        order = np.argsort(-all_to_come)
-        count = np.arange(1, len(order) + 1)
-        return float((np.cumsum(all_used[order]) + count * all_to_come[order]).max())
-
-    def add(self, request: Request) -> None:
-        used, to_come = self._row(request, request.num_shared_blocks)
-        self._used = np.append(self._used, used)
-        self._to_come = np.append(self._to_come, to_come)
 
 
 def _order(request: Request) -> tuple[int, int]:

@@ -1,15 +1,28 @@
 """EngineStats: an engine's load and running totals, and what it takes to keep them. No torch here."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 import msgspec
 
 from engine.request import FinishReason
-from engine.scheduler import WaitingFor
 
 PREFILL_MEMORY_S = 5.0
 """Seconds of computing prompts over which their rate is averaged."""
+
+
+class WaitingFor(StrEnum):
+    """Why the first waiting request was not admitted."""
+
+    TOKENS = "tokens"
+    """The step was full (`max_num_batched_tokens`)."""
+    SEQS = "seqs"
+    """As many requests run as may (`max_num_seqs`)."""
+    BLOCKS = "blocks"
+    """There are too few KV blocks for it, or will be before the running requests end."""
+    ADAPTERS = "adapters"
+    """Running requests use as many other adapters as may be (`max_loras`)."""
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -51,6 +64,19 @@ class EngineStats(msgspec.Struct, frozen=True):
     """... waiting for the device and reading what it sampled, ..."""
     update_s: float
     """... and taking in the outcome."""
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Running totals since start."""
+
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_guessed_tokens: int = 0
+    num_right_guesses: int = 0
+    num_finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(FinishReason, 0))
 
 
 @dataclass(slots=True)

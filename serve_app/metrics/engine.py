@@ -7,8 +7,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from engine.config import EngineConfig
-from engine.scheduler import WaitingFor
-from engine.stats import EngineStats
+from engine.stats import EngineStats, WaitingFor
 from serve_app.metrics.process import family_of, gauge
 
 
