@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from fastapi import Request
 
-from serve_app.http import EventStream, read_body, unless_disconnected
+from engine.request import RequestTimings
+from serve_app.http import EventStream, read_body, server_timing, unless_disconnected
 from serve_app.openai.errors import ApiError
 
 SCOPE = {"type": "http", "method": "POST", "path": "/", "headers": []}
@@ -98,3 +99,9 @@ async def test_a_stream_that_ends_is_whole():
     await EventStream(events())(SCOPE, client.receive, client.send)
     assert [message.get("body") for message in client.received[1:]] == [b"data: 1\n\n", b"data: [DONE]\n\n", b""]
     assert client.received[-1]["more_body"] is False
+
+
+def test_a_stream_tells_where_the_time_before_it_went():
+    timings = RequestTimings(queue_s=0.01, prefill_s=0.2)
+    assert server_timing(timings, 0.2504) == "queue;dur=50.4, prefill;dur=200.0"
+    assert server_timing(timings, 0.1) == "queue;dur=0.0, prefill;dur=200.0"  # two clocks may differ
