@@ -8,7 +8,18 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = ("kernels", "engine", "serve_app", "cluster")
 NO_TORCH = tuple(
-    f"engine/{name}.py" for name in ("request", "request_checks", "block_pool", "scheduler", "block_forecast", "stats", "config", "errors", "grammar")
+    f"engine/{name}.py"
+    for name in (
+        "request",
+        "request_checks",
+        "block_pool",
+        "scheduler",
+        "block_forecast",
+        "stats",
+        "config",
+        "errors",
+        "grammar",
+    )
 )
 FORBIDDEN = {
     "kernels": {"ray", "fastapi", "starlette", "transformers"},
