@@ -4,7 +4,12 @@ Four launches: route; gate and up projections with silu · mul; down projection;
 tiles of the tokens of one expert. How many tiles there are is known on the device alone: as many programs start as
 there could be, and those past the last tile leave. Both are weight · xᵀ: of the factors of Hopper's matrix instruction,
 the left one has 64 rows, the right one as few as eight.
+
+Weights of 8 or 4 bits stay so in memory, and are widened tile by tile on their way to the matrix units; x is not
+rounded. Scales are by expert, group of inputs and channel: a step of the inner loop has one for each channel.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +17,13 @@ from torch import Tensor
 
 from kernels.backend import CompileCase, tl, triton, uses_triton
 from kernels.moe_route import Route, route, route_reference
+from kernels.quantize_weights import GROUP, SCALE_BLOCK, SPAN, WORDS, dequantize_fp8_block
 from kernels.silu_and_mul import silu_and_mul_reference
 from kernels.split_k import pipeline_stages, shared_memory_limit
+from kernels.weight_only_mm import weight_only_mm_cpu, weight_only_mm_reference
 
 BLOCK_K = 64
+QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.int16)
 SUM_BLOCK = 1024
 """Columns that a program of the final sum takes."""
 
@@ -27,6 +35,8 @@ def fused_moe_reference(
     down_weight: Tensor,
     top_k: int,
     norm_topk_prob: bool,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """As `fused_moe`: expert by expert."""
     routed = route_reference(router_logits, top_k, norm_topk_prob)
@@ -34,10 +44,24 @@ def fused_moe_reference(
     for expert, count in enumerate(routed.counts.tolist()):
         if count:
             pairs = routed.pairs[expert, :count]
-            gate_up = F.linear(hidden[pairs // top_k], gate_up_weight[expert])
-            outputs[pairs] = F.linear(silu_and_mul_reference(gate_up), down_weight[expert])
+            gate_up = _linear(hidden[pairs // top_k], gate_up_weight, gate_up_scale, expert)
+            outputs[pairs] = _linear(silu_and_mul_reference(gate_up), down_weight, down_scale, expert)
     weighted = outputs.unflatten(0, (-1, top_k)).float() * routed.weights.unsqueeze(2)
     return weighted.sum(dim=1).to(hidden.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, scale: Tensor | None, expert: int) -> Tensor:
+    """x · weight[expert]ᵀ."""
+    if scale is None:
+        return F.linear(x, weight[expert])
+    if _has_block_scales(weight, scale):
+        return F.linear(x, dequantize_fp8_block(weight[expert], scale[expert].t(), x.dtype))
+    product = weight_only_mm_cpu if x.is_cpu else weight_only_mm_reference
+    return product(x, weight[expert], scale[expert] if weight.dtype == torch.int16 else scale[expert, 0])
+
+
+def _has_block_scales(weight: Tensor, scale: Tensor) -> bool:
+    return weight.dtype == torch.float8_e4m3fn and scale.shape[2] != weight.shape[1]
 
 
 @triton.jit
@@ -58,10 +82,60 @@ def _find_tile(
     return expert, (tile - first_tile) * BLOCK_M, tl.sum(tl.where(experts == expert, counts, 0), axis=0)
 
 
+@triton.jit
+def _add_product(
+    total: tl.tensor,  # [BLOCK_N, BLOCK_M] float32
+    x: tl.tensor,  # [BLOCK_K, BLOCK_M]
+    weight_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    expert: tl.tensor,
+    columns: tl.tensor,  # [BLOCK_N] of y; rows of the expert's weight from FIRST on
+    is_row: tl.tensor,
+    k: tl.tensor,  # first input
+    in_range: tl.tensor,  # [1, BLOCK_K]
+    FIRST: tl.constexpr,
+    ROWS: tl.constexpr,  # of an expert's weight
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    SCALE_N: tl.constexpr,
+) -> tl.tensor:
+    """total + weight[expert, FIRST + columns, k … k + BLOCK_K - 1] · x."""
+    # Gates' and ups' addresses differ by a constant, so that they share registers.
+    weight_rows = (expert.to(tl.int64) * ROWS + columns)[:, None]
+    rows = FIRST + columns
+    inner = tl.arange(0, BLOCK_K)[None, :]
+    if BITS == 16:
+        weight = tl.load(
+            weight_ptr + weight_rows * K + inner + (FIRST * K + k), mask=is_row[:, None] & in_range, other=0.0
+        )
+        total = tl.dot(weight, x, total, input_precision="ieee")
+    elif BITS == 8:
+        scale_row = (expert.to(tl.int64) * tl.cdiv(K, SCALE_K) + k // SCALE_K) * tl.cdiv(ROWS, SCALE_N)
+        scale = tl.load(scale_ptr + scale_row + rows // SCALE_N, mask=is_row, other=0.0)
+        weight = tl.load(
+            weight_ptr + weight_rows * K + inner + (FIRST * K + k), mask=is_row[:, None] & in_range, other=0.0
+        )
+        total += tl.dot(weight.to(tl.float32).to(x.dtype), x, input_precision="ieee") * scale[:, None]
+    else:
+        # A plane of a span (see quantize_weights): 64 inputs of a row are the same four bits of as many words.
+        scale_row = (expert.to(tl.int64) * ((K + 255) // 256 * 2) + k // SCALE_K) * ROWS
+        scale_zero = tl.load(scale_ptr + scale_row + rows, mask=is_row, other=0)
+        words_of_row: tl.constexpr = (K + 255) // 256 * 64
+        words_ptrs = weight_ptr + weight_rows * words_of_row + inner + (FIRST * words_of_row + k // 256 * 64)
+        words = tl.load(words_ptrs, mask=is_row[:, None], other=0)
+        code = ((words.to(tl.int32) >> (k // 64 % 4 * 4)) & 15) - (scale_zero & 15)[:, None]
+        scale = (scale_zero >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        total += tl.dot(code.to(tl.float32).to(x.dtype), x, input_precision="ieee") * scale[:, None]
+    return total
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _expert_mm_kernel(
     x_ptr: tl.tensor,  # rows of K, x_stride apart: those of tokens if GATED, else of pairs
     weight_ptr: tl.tensor,  # [EXPERTS, N, K], or if GATED [EXPERTS, 2 · N, K] with gates first; contiguous
+    scale_ptr: tl.tensor,  # [EXPERTS, groups of inputs, groups of rows], or None
     counts_ptr: tl.tensor,  # [EXPERTS] int32
     pairs_ptr: tl.tensor,  # [EXPERTS, num_tokens] int32
     y_ptr: tl.tensor,  # [num_tokens · TOP_K, N] contiguous
@@ -76,6 +150,9 @@ def _expert_mm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr,  # of a weight; 16: those of x
+    SCALE_K: tl.constexpr,  # inputs that share a scale
+    SCALE_N: tl.constexpr,  # rows that do
 ) -> None:
     expert, first, count = _find_tile(counts_ptr, tl.program_id(0), EXPERTS, BLOCK_E, BLOCK_M)
     if expert >= EXPERTS:
@@ -87,19 +164,21 @@ def _expert_mm_kernel(
     is_column = columns < N
     inner = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + (pairs // TOP_K if GATED else pairs)[:, None] * x_stride + inner[None, :]
-    weight_rows = expert.to(tl.int64) * (2 * N if GATED else N) + columns
-    weight_ptrs = weight_ptr + weight_rows[:, None] * K + inner[None, :]
+    rows: tl.constexpr = 2 * N if GATED else N
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     total_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k in range(0, K, BLOCK_K):
         in_range = inner[None, :] < (BLOCK_K if K % BLOCK_K == 0 else K - k)
         x = tl.trans(tl.load(x_ptrs + k, mask=is_pair[:, None] & in_range, other=0.0))
-        weight_mask = is_column[:, None] & in_range
-        weight = tl.load(weight_ptrs + k, mask=weight_mask, other=0.0)
-        total = tl.dot(weight, x, total, input_precision="ieee")
+        total = _add_product(
+            total, x, weight_ptr, scale_ptr, expert, columns, is_column, k, in_range, 0, rows, K, BLOCK_K, BITS,
+            SCALE_K, SCALE_N,
+        )  # fmt: skip
         if GATED:
-            up = tl.load(weight_ptrs + N * K + k, mask=weight_mask, other=0.0)
-            total_up = tl.dot(up, x, total_up, input_precision="ieee")
+            total_up = _add_product(
+                total_up, x, weight_ptr, scale_ptr, expert, columns, is_column, k, in_range, N, rows, K, BLOCK_K, BITS,
+                SCALE_K, SCALE_N,
+            )  # fmt: skip
     if GATED:
         total = total / (1.0 + tl.exp(-total)) * total_up
     y_ptrs = y_ptr + pairs[:, None] * N + columns[None, :]
@@ -126,16 +205,19 @@ def _weighted_sum_kernel(
 
 
 def fused_moe_config(
-    num_pairs: int, num_experts: int, item_bytes: int, shared_memory: int
+    num_pairs: int, num_experts: int, item_bytes: int, shared_memory: int, is_quantized: bool = False
 ) -> tuple[int, int, int, int]:
     """(BLOCK_M, rows of weights in a tile, num_warps, num_stages) for the mean number of tokens an expert gets.
 
     Twice the mean fits most experts' tokens in one tile, so that weights are read once. Wide tiles, for many tokens,
-    read little per product: 85 operations a byte of L2. float32 has no matrix units here, and small tiles.
+    read little per product: 85 operations a byte of L2. float32 has no matrix units here, and small tiles. Products of
+    quantized weights are scaled before they are added, which takes registers: those tiles are half as large each way.
     """
     mean = -(-num_pairs // num_experts)
     block_m = max(16, min(128 if item_bytes == 2 else 32, triton.next_power_of_2(2 * mean)))
     weight_rows = 64 if item_bytes == 4 else 128 if block_m < 64 else 256
+    if is_quantized:
+        block_m, weight_rows = min(block_m, 64), min(weight_rows, 128)
     stages = pipeline_stages((weight_rows + block_m) * BLOCK_K * item_bytes, shared_memory)
     return block_m, weight_rows, 4 if block_m < 64 else 8, stages
 
@@ -152,6 +234,8 @@ def fused_moe(
     down_weight: Tensor,
     top_k: int,
     norm_topk_prob: bool,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """Σ over the chosen experts of routing weight · down(silu(gate(x)) · up(x)).
 
@@ -160,8 +244,11 @@ def fused_moe(
         router_logits: [num_tokens, num_experts] any float dtype, any row stride; softmax is taken here, in float32.
         gate_up_weight: [num_experts, 2 · intermediate_size, hidden_size], gates first, contiguous, the dtype of hidden.
         down_weight: [num_experts, hidden_size, intermediate_size], contiguous, the dtype of hidden.
+            With scales, both are int8 or float8_e4m3fn, or int16 as `pack_int4` makes them of each expert's weight.
         top_k: experts a token goes to.
         norm_topk_prob: whether the routing weights of a token are divided by their sum.
+        gate_up_scale, down_scale: contiguous, of each expert: float32 [1, rows]; or float32 [⌈inputs/128⌉, ⌈rows/128⌉]
+            for blocks of float8; or int32 [groups, rows] as `pack_scale_zero` makes them. None: weights as above.
 
     Returns:
         [num_tokens, hidden_size], the dtype of hidden.
@@ -169,14 +256,16 @@ def fused_moe(
     Raises:
         ValueError: shapes, dtypes or strides that are not as above, or top_k is not 1 … num_experts.
     """
-    _check(hidden, router_logits, gate_up_weight, down_weight)
+    _check(hidden, router_logits, gate_up_weight, down_weight, gate_up_scale, down_scale)
     if not hidden.shape[0]:
         return torch.empty_like(hidden)
     if not uses_triton(hidden):
-        return fused_moe_reference(hidden, router_logits, gate_up_weight, down_weight, top_k, norm_topk_prob)
+        return fused_moe_reference(
+            hidden, router_logits, gate_up_weight, down_weight, top_k, norm_topk_prob, gate_up_scale, down_scale
+        )
     routed = route(router_logits, top_k, norm_topk_prob)
-    gated = _expert_mm(hidden, gate_up_weight, routed, is_gated=True)
-    outputs = _expert_mm(gated, down_weight, routed, is_gated=False)
+    gated = _expert_mm(hidden, gate_up_weight, gate_up_scale, routed, is_gated=True)
+    outputs = _expert_mm(gated, down_weight, down_scale, routed, is_gated=False)
     num_tokens, hidden_size = hidden.shape
     y = torch.empty(num_tokens, hidden_size, dtype=hidden.dtype, device=hidden.device)
     block = min(SUM_BLOCK, triton.next_power_of_2(hidden_size))
@@ -186,16 +275,61 @@ def fused_moe(
     return y
 
 
-def _check(hidden: Tensor, router_logits: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> None:
-    (num_tokens, hidden_size), (num_experts, _, intermediate) = hidden.shape, down_weight.shape
-    shapes = ((num_tokens, num_experts), (num_experts, 2 * intermediate, hidden_size))
-    if (router_logits.shape, gate_up_weight.shape) != shapes or down_weight.shape[1] != hidden_size:
+def _check_scale(weight: Tensor, scale: Tensor, inputs: int) -> None:
+    wanted = _scaling(weight, scale, inputs)
+    if weight.dtype not in QUANTIZED_DTYPES or scale.dtype != wanted.dtype:
+        raise ValueError(
+            f"weight is {weight.dtype} with scales of {scale.dtype}, expected one of {QUANTIZED_DTYPES} with float32, "
+            "or int16 with int32"
+        )
+    if scale.shape != wanted.shape or not scale.is_contiguous():
+        raise ValueError(f"scale is {tuple(scale.shape)}, expected contiguous {wanted.shape}")
+
+
+class _Scaling(NamedTuple):
+    """How a quantized weight is stored: bits, inputs and rows that share a scale, type and shape of the scales."""
+
+    bits: int
+    inputs: int
+    rows: int
+    dtype: torch.dtype
+    shape: tuple[int, int, int]
+
+
+def _scaling(weight: Tensor, scale: Tensor, inputs: int) -> _Scaling:
+    num_experts, rows = weight.shape[:2]
+    if weight.dtype == torch.int16:
+        return _Scaling(4, GROUP, 1, torch.int32, (num_experts, -(-inputs // SPAN) * 2, rows))
+    if _has_block_scales(weight, scale):
+        blocks = (num_experts, -(-inputs // SCALE_BLOCK), -(-rows // SCALE_BLOCK))
+        return _Scaling(8, SCALE_BLOCK, SCALE_BLOCK, torch.float32, blocks)
+    return _Scaling(8, inputs, 1, torch.float32, (num_experts, 1, rows))
+
+
+def _check(
+    hidden: Tensor,
+    router_logits: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
+) -> None:
+    (num_tokens, hidden_size), (num_experts, rows) = hidden.shape, gate_up_weight.shape[:2]
+    intermediate = rows // 2
+    quantized = gate_up_scale is not None and down_scale is not None
+    if gate_up_scale is not None and down_scale is not None:
+        _check_scale(gate_up_weight, gate_up_scale, hidden_size)
+        _check_scale(down_weight, down_scale, intermediate)
+    packed = quantized and gate_up_weight.dtype == torch.int16
+    widths = [-(-size // SPAN) * WORDS if packed else size for size in (hidden_size, intermediate)]
+    shapes = ((num_tokens, num_experts), (num_experts, 2 * intermediate, widths[0]))
+    if (router_logits.shape, gate_up_weight.shape) != shapes or down_weight.shape[1:] != (hidden_size, widths[1]):
         raise ValueError(
             f"hidden is {tuple(hidden.shape)}, router_logits {tuple(router_logits.shape)}, gate_up_weight "
             f"{tuple(gate_up_weight.shape)}, down_weight {tuple(down_weight.shape)}; expected [tokens, hidden], "
             "[tokens, experts], [experts, 2 · intermediate, hidden] and [experts, hidden, intermediate]"
         )
-    if not gate_up_weight.dtype == down_weight.dtype == hidden.dtype:
+    if not gate_up_weight.dtype == down_weight.dtype == (down_weight.dtype if quantized else hidden.dtype):
         raise ValueError(
             f"hidden is {hidden.dtype}, gate_up_weight {gate_up_weight.dtype}, down_weight {down_weight.dtype}; "
             "expected one dtype"
@@ -208,12 +342,13 @@ def _check(hidden: Tensor, router_logits: Tensor, gate_up_weight: Tensor, down_w
         )
 
 
-def _expert_mm(x: Tensor, weight: Tensor, routed: Route, is_gated: bool) -> Tensor:
+def _expert_mm(x: Tensor, weight: Tensor, scale: Tensor | None, routed: Route, is_gated: bool) -> Tensor:
     """One of the two products; → [num_tokens · top_k, N]."""
-    (num_tokens, top_k), (num_experts, weight_size, inner) = routed.weights.shape, weight.shape
+    (num_tokens, top_k), (num_experts, weight_size), inner = routed.weights.shape, weight.shape[:2], x.shape[1]
+    scaling = None if scale is None else _scaling(weight, scale, inner)
     num_pairs = num_tokens * top_k
     block_m, weight_rows, num_warps, num_stages = fused_moe_config(
-        num_pairs, num_experts, x.element_size(), shared_memory_limit(x.device)
+        num_pairs, num_experts, x.element_size(), shared_memory_limit(x.device), scale is not None
     )
     channels, block_n = (weight_size // 2, weight_rows // 2) if is_gated else (weight_size, weight_rows)
     y = torch.empty(num_pairs, channels, dtype=x.dtype, device=x.device)
@@ -221,6 +356,7 @@ def _expert_mm(x: Tensor, weight: Tensor, routed: Route, is_gated: bool) -> Tens
     _expert_mm_kernel[max_tiles(num_pairs, num_experts, block_m), triton.cdiv(channels, block_n)](
         x,
         weight,
+        scale,
         routed.counts,
         routed.pairs,
         y,
@@ -235,6 +371,9 @@ def _expert_mm(x: Tensor, weight: Tensor, routed: Route, is_gated: bool) -> Tens
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=BLOCK_K,
+        BITS=16 if scaling is None else scaling.bits,
+        SCALE_K=inner if scaling is None else scaling.inputs,
+        SCALE_N=1 if scaling is None else scaling.rows,
         num_warps=num_warps,
         num_stages=num_stages,
     )
@@ -254,4 +393,34 @@ def compile_cases() -> list[CompileCase]:
             name, lambda: fused_moe(hidden, logits, gate_up, down, 8, True), wgmma=dtype == torch.bfloat16
         )
 
-    return [*(case(num_tokens, torch.bfloat16) for num_tokens in (1, 256, 512, 4096)), case(1, torch.float32)]
+    def quantized(num_tokens: int, dtype: torch.dtype, in_blocks: bool) -> CompileCase:
+        hidden = torch.empty(num_tokens, 2048, dtype=torch.bfloat16, device="meta")
+        logits = torch.empty(num_tokens, 128, dtype=torch.bfloat16, device="meta")
+        weights, scales = [], []
+        for rows, inputs in ((1536, 2048), (2048, 768)):
+            packed = dtype == torch.int16
+            width = inputs // SPAN * WORDS if packed else inputs
+            weights.append(torch.empty(128, rows, width, dtype=dtype, device="meta"))
+            shape = (inputs // GROUP, rows) if packed else (inputs // 128, rows // 128) if in_blocks else (1, rows)
+            scale_dtype = torch.int32 if packed else torch.float32
+            scales.append(torch.empty(128, *shape, dtype=scale_dtype, device="meta"))
+        name = f"fused_moe {num_tokens} {str(dtype).removeprefix('torch.')}{' in blocks' if in_blocks else ''}"
+        is_float8 = dtype == torch.float8_e4m3fn
+        return CompileCase(
+            name, lambda: fused_moe(hidden, logits, *weights, 8, True, *scales), min_capability=89 if is_float8 else 80
+        )
+
+    return [
+        *(case(num_tokens, torch.bfloat16) for num_tokens in (1, 256, 512, 4096)),
+        case(1, torch.float32),
+        *(
+            quantized(num_tokens, dtype, in_blocks)
+            for num_tokens in (1, 4096)
+            for dtype, in_blocks in (
+                (torch.int8, False),
+                (torch.int16, False),
+                (torch.float8_e4m3fn, False),
+                (torch.float8_e4m3fn, True),
+            )
+        ),
+    ]

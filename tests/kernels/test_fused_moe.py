@@ -8,6 +8,15 @@ from hypothesis import strategies as st
 
 from kernels.fused_moe import fused_moe, fused_moe_config, fused_moe_reference, max_tiles
 from kernels.moe_route import choose_experts_reference
+from kernels.quantize_weights import (
+    dequantize_fp8_block,
+    dequantize_int4_group,
+    dequantize_per_channel,
+    quantize_fp8_block,
+    quantize_fp8_per_channel,
+    quantize_int4_group,
+    quantize_int8_per_channel,
+)
 from kernels.split_k import PLANNED_SHARED_MEMORY
 from tests.kernels import DTYPES, SUM_ERROR, UNIT_ROUNDOFF, interpreted, padded_rows, poisoned_memory
 
@@ -73,6 +82,47 @@ def test_any_shape(num_tokens, hidden_size, intermediate, num_experts, top_k, no
 @pytest.mark.parametrize("num_tokens", [1, 30])
 def test_reference(num_tokens, dtype):
     check_moe(random_inputs(num_tokens, 64, 48, 10, dtype), 4, True, fused_moe_reference)
+
+
+def quantized(weight, scheme):
+    """(stored, scale, what they stand for) of [num_experts, rows, inputs] weights."""
+    made = []
+    for expert in weight.float():
+        if scheme == "int4":
+            packed, scale = quantize_int4_group(expert, symmetric=False)
+            made.append((packed, scale, dequantize_int4_group(packed, scale, expert.shape[1], torch.float32)))
+        elif scheme == "fp8 blocks":
+            stored, scale = quantize_fp8_block(expert)
+            made.append((stored, scale.t(), dequantize_fp8_block(stored, scale, torch.float32)))
+        else:
+            stored, scale = (quantize_int8_per_channel if scheme == "int8" else quantize_fp8_per_channel)(expert)
+            made.append((stored, scale[None], dequantize_per_channel(stored, scale, torch.float32)))
+    return tuple(torch.stack(parts).contiguous() for parts in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("operation", [fused_moe, fused_moe_reference])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8", "fp8 blocks"])
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(1, torch.bfloat16), (30, torch.float16)], ids=str)
+def test_weights_of_8_and_4_bits(num_tokens, dtype, scheme, operation):
+    """Against a loop over tokens with the numbers that the weights stand for: x is not rounded."""
+    inputs = random_inputs(num_tokens, 384, 128, 5, dtype)
+    gate_up, down = (quantized(weight, scheme) for weight in inputs[2:])
+
+    def run(hidden, logits, _gate_up, _down, top_k, norm_topk_prob):
+        return operation(hidden, logits, gate_up[0], down[0], top_k, norm_topk_prob, gate_up[1], down[1])
+
+    check_moe((*inputs[:2], gate_up[2], down[2]), 3, True, operation=run)
+
+
+def test_scales_that_do_not_fit_are_refused():
+    hidden, logits, *weights = random_inputs(2, 256, 128, 3, torch.bfloat16)
+    (gate_up, gate_up_scale, _), (down, down_scale, _) = (quantized(weight, "int8") for weight in weights)
+    with pytest.raises(ValueError, match=r"scale is \(3, 1, 255\), expected contiguous \(3, 1, 256\)"):
+        fused_moe(hidden, logits, gate_up, down, 2, True, gate_up_scale[..., 1:], down_scale)
+    with pytest.raises(ValueError, match=r"weight is torch\.int8 with scales of torch\.int32"):
+        fused_moe(hidden, logits, gate_up, down, 2, True, gate_up_scale.int(), down_scale)
+    with pytest.raises(ValueError, match="expected one dtype"):
+        fused_moe(hidden, logits, gate_up, down, 2, True)
 
 
 def test_all_tokens_to_the_same_experts():
