@@ -20,7 +20,7 @@ from engine.model_config import ModelConfig
 from engine.models.registry import find_model
 from engine.outcome import LaunchedStep, PromptPart, StepResult
 from engine.parallel.group import ALONE, TensorParallel
-from engine.request import EngineRequest, Request, SamplingParams
+from engine.request import MAX_LOGPROBS, EngineRequest, Request, SamplingParams
 from engine.sampling.batch import SampledTokens, SamplingBatch
 from engine.sampling.logprobs import gather_logprobs
 from engine.sampling.sampler import sample
@@ -40,7 +40,7 @@ STEP_TOKENS = {"cuda": 8192, "cpu": 256}
 """Most tokens in a step unless told otherwise. On a CPU more are no faster, and others wait as long as a step takes."""
 PROMPT_LOGIT_ROWS = 256
 """Prompt positions whose logits exist at one time: a long prompt's [tokens, vocabulary] never does."""
-LARGEST_SAMPLING = SamplingParams(seed=0, top_p=0.9, presence_penalty=0.1)
+LARGEST_SAMPLING = SamplingParams(seed=0, top_p=0.9, presence_penalty=0.1, logprobs=MAX_LOGPROBS)
 """What takes the sampler most memory."""
 WARM_UP_LENGTHS = (1, 2, 16, 128)
 """Of new tokens in a request: attention has kernels for one, and for tiles of three sizes."""
@@ -224,10 +224,19 @@ class ModelRunner:
 
         Beside the engine's steps: the text's keys and values are in memory of their own, and are forgotten.
         """
+        logits = torch.empty(len(token_ids), self._sampling.vocab_size)
+        first = 0
+        for hidden in self._prompt_hidden(token_ids):
+            part = self.model.compute_logits(hidden)[:, : self._sampling.vocab_size]
+            logits[first : first + len(hidden)] = part.float().cpu()
+            first += len(hidden)
+        return logits
+
+    def _prompt_hidden(self, token_ids: Sequence[int]) -> Iterator[Tensor]:
+        """Hidden states of a text, PROMPT_LOGIT_ROWS at a time."""
         if self.adapters is not None:
             self.adapters.begin_without()
         ids = torch.tensor(token_ids)
-        logits = torch.empty(len(ids), self._sampling.vocab_size)
         num_blocks = -(-len(ids) // self.block_size)
         caches = self._kv_spec.allocate(num_blocks, self.device)
         blocks = torch.arange(num_blocks, dtype=torch.int32, device=self.device)[None]
@@ -241,11 +250,7 @@ class ModelRunner:
                 attention_plan=self.backend.plan(shape),
                 kv_caches=caches,
             )
-            for row, hidden in enumerate(self.model(step).split(PROMPT_LOGIT_ROWS)):
-                first = start + row * PROMPT_LOGIT_ROWS
-                part = self.model.compute_logits(hidden)[:, : self._sampling.vocab_size]
-                logits[first : first + len(hidden)] = part.float().cpu()
-        return logits
+            yield from self.model(step).split(PROMPT_LOGIT_ROWS)
 
     def clear_blocks(self, blocks: list[int]) -> None:
         """Zero blocks whose content is no numbers."""

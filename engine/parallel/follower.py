@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ END_TIMEOUT_S = 10.0
 class Follower(ModelRunner):
     """Runs what it is told and draws nothing: the first rank tells which tokens it drew."""
 
+    @torch.inference_mode()
     def obey(self, order: object) -> None:
         """Run an order of the first rank."""
         match order:
@@ -35,9 +37,9 @@ class Follower(ModelRunner):
             case ClearBlocks(blocks):
                 self.clear_blocks(blocks)
             case PromptLogits(token_ids):
-                self.prompt_logits(token_ids)
+                for hidden in self._prompt_hidden(token_ids):
+                    self.model.compute_logits(hidden)
 
-    @torch.inference_mode()
     def _run(self, order: StepOrder, prompts: Sequence[PromptSpan], before_masks: Callable[[], object]) -> LaunchedStep:
         self._tables.notes = order.notes
         self._tables.flush()
@@ -89,7 +91,8 @@ def follow(inbox: Inbox, folder: Path, rank: int, device_index: int) -> None:
             # Where the first rank is gone, what depends on it fails: nobody is left to tell.
             if not inbox.has_ended.wait(0.5):
                 if not isinstance(error, EngineError):
-                    logger.exception("rank %d fails", rank)
+                    # As text: a record of the exception would keep its frames, and the connections they hold.
+                    logger.error("rank %d fails\n%s", rank, traceback.format_exc())
                 connection.send(Failure.of(error))
         finally:
             hang_up(connection)

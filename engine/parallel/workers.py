@@ -69,7 +69,7 @@ class Workers:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around what all ranks do together. Whatever fails there ends all of them, with the reason of the first to fail.
+        """Around what all ranks do together. What fails there ends all of them, with the reason of the first to fail.
 
         Raises:
             EngineDeadError: in the place of any error that does not say by itself what to do about it.
@@ -147,12 +147,10 @@ class _State:
 
 def _watch(state: _State, size: int) -> None:
     """Wait for a rank to fail, and let go of what waits for it."""
-    rank_of = {connection: rank for rank, connection in state.connections.items()}
+    ready = wait(list(state.connections.values()))
+    rank, connection = next(item for item in state.connections.items() if item[1] in ready)
     try:
-        connection = wait(list(rank_of))[0]
-        rank = rank_of[connection]
-        failure = connection.recv()
-        error = _failed(failure, f"rank {rank} of {size} failed: ")
+        error = _failed(connection.recv(), f"rank {rank} of {size} failed: ")
     except (EOFError, OSError):
         if state.is_ending:
             return

@@ -1,0 +1,289 @@
+"""Models divided among ranks against the same models whole: logits, tokens, what is read, and what goes wrong."""
+
+import gc
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+import engine.llm
+import engine.parallel.follower
+import engine.runner
+from engine import LLM, CheckpointError, ConfigError, SamplingParams
+from engine.errors import EngineDeadError
+from engine.grammar import json_schema_grammar
+from engine.llm_engine import LLMEngine
+from engine.parallel import processes
+from engine.parallel.group import TensorParallel
+from engine.parallel.share import Share
+from engine.runner import ModelRunner
+from engine.weights import loader
+from tests.parallel_ranks import start_thread
+from tests.quantized_checkpoints import make_quantized
+from tests.tiny_models import make_tiny_model, make_tiny_qwen3
+
+FIELDS = {
+    "kv_cache_memory": 2**21,
+    "block_size": 4,
+    "max_num_seqs": 8,
+    "show_progress": False,
+    "device": "cpu",
+    "dtype": "float32",
+    "num_threads": 1,
+}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_hidden_layers": 2}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+MODELS = {
+    "Qwen3, tied, odd vocabulary": (Qwen3Config, {"head_dim": 16, "vocab_size": 517}),
+    "Qwen3, untied, biases": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": False, "attention_bias": True}),
+    "Qwen3, as many KV heads as others": (Qwen3Config, {"head_dim": 16, "num_key_value_heads": 8}),
+    "Qwen3, one KV head": (Qwen3Config, {"head_dim": 16, "num_key_value_heads": 1}),
+    "Qwen3 MoE": (Qwen3MoeConfig, EXPERTS),
+    "Qwen3 MoE, some layers dense": (Qwen3MoeConfig, EXPERTS | {"decoder_sparse_step": 2}),
+    "Qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
+    "Llama, all biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+}
+PROMPTS = [[5, 6, 7], list(range(20, 90)), [3]]
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=1)
+GRAMMAR = json_schema_grammar({"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 3})
+VARIED = [
+    SamplingParams(temperature=0.8, top_k=40, top_p=0.9, seed=1, max_tokens=12, ignore_eos=True),
+    SamplingParams(temperature=1.1, presence_penalty=0.5, logprobs=2, seed=2, max_tokens=9, ignore_eos=True),
+    SamplingParams(temperature=0.7, seed=3, max_tokens=16, grammar=GRAMMAR),
+]
+
+
+@pytest.fixture(autouse=True)
+def as_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are threads, except where a test is about processes."""
+    if "processes" not in request.node.name:
+        monkeypatch.setattr(engine.llm, "LLMEngine", partial(LLMEngine, start_rank=start_thread))
+
+
+@contextmanager
+def divided(path: Path, size: int, **config: object) -> Iterator[LLM]:
+    llm = LLM(str(path), tensor_parallel_size=size, **(FIELDS | config))
+    yield llm
+    llm.engine.close()
+
+
+def run(llm: LLM, params: SamplingParams | list[SamplingParams] = GREEDY) -> list[list[int]]:
+    return [completion.token_ids for completion in llm.generate(PROMPTS, params)]
+
+
+def assert_equals_whole(path: Path, sizes: tuple[int, ...], atol: float = 1e-4, **config: object) -> None:
+    """Logits to a tolerance, and where that is small, greedy tokens and prompt log-probabilities."""
+    whole = LLM(str(path), **(FIELDS | config))
+    logits, tokens = whole.logits(PROMPTS[1]), run(whole)
+    for size in sizes:
+        with divided(path, size, **config) as llm:
+            torch.testing.assert_close(llm.logits(PROMPTS[1]), logits, atol=atol, rtol=1e-4)
+            if atol < 1e-3:
+                assert run(llm) == tokens
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+def test_ranks_compute_what_one_does(tmp_path, model):
+    config_class, overrides = model
+    make_tiny_model(tmp_path, config_class, **(SIZES | overrides))
+    assert_equals_whole(tmp_path, (2, 4))
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "awq", "gptq", "compressed-tensors fp8, a scale a tensor"])
+def test_quantized_checkpoints_are_divided_along_their_groups(tmp_path, name):
+    make_quantized(tmp_path, name, intermediate_size=512, head_dim=128, initializer_range=0.02)
+    # FP8 rounds each rank's part of an activation by its own largest value.
+    assert_equals_whole(tmp_path, (2, 4) if name == "awq" else (2,), atol=0.1 if "fp8" in name else 1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
+def test_rounding_while_loading(tmp_path, scheme):
+    wide = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32, "initializer_range": 0.05}
+    make_tiny_qwen3(tmp_path, **(SIZES | wide))
+    # int4 rounds groups of inputs, which ranks have whole. The others have a scale for all inputs that a rank has.
+    assert_equals_whole(tmp_path, (2,), atol=1e-4 if scheme == "int4" else 0.3, quantization=scheme)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    make_tiny_qwen3(path, **SIZES)
+    return path
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"overlap_steps": True}, {"num_speculative_tokens": 3}, {"max_num_batched_tokens": 16, "max_num_seqs": 2}],
+    ids=["plain", "overlapped", "speculating", "chunked"],
+)
+def test_ranks_draw_what_one_does(tiny, config):
+    """Sampled tokens, edited logits, a grammar, log-probabilities."""
+    expected = LLM(str(tiny), **(FIELDS | config)).generate(PROMPTS, VARIED)
+    with divided(tiny, 2, **config) as llm:
+        found = llm.generate(PROMPTS, VARIED)
+    for one, other in zip(expected, found, strict=True):
+        assert other.token_ids == one.token_ids
+        for entry, own in zip(one.logprobs or (), other.logprobs or (), strict=True):
+            assert own.logprob == pytest.approx(entry.logprob, abs=1e-4)
+
+
+def test_padded_decode_steps_that_draw_inside_as_graphs_do(tiny, monkeypatch):
+    """CUDA graphs are for GPUs; all else about them runs here."""
+    expected = run(LLM(str(tiny), **FIELDS), VARIED)
+    load = ModelRunner.__init__
+
+    def load_with_graphs(self, config, *rest, **named) -> None:
+        load(self, config, *rest, **named)
+        self.use_decode_graphs(config, capture=False)
+
+    monkeypatch.setattr(ModelRunner, "__init__", load_with_graphs)
+    with divided(tiny, 2) as llm:
+        assert run(llm, VARIED) == expected
+        assert run(llm) == run(LLM(str(tiny), **FIELDS))
+
+
+def test_random_weights_are_those_of_one_rank(tiny):
+    assert_equals_whole(tiny, (2,), load_format="dummy")
+
+
+def test_a_request_whose_logits_are_no_numbers_ends_alone(tmp_path):
+    make_tiny_qwen3(tmp_path, **SIZES, tie_word_embeddings=False)
+    with divided(tmp_path, 2) as llm:
+        table = llm.engine.runner.model.model.embed_tokens.weight
+        expected = run(llm)
+        row = table[200].clone()
+        table[200] = torch.nan
+        bad, good = llm.generate([[200] * 9, PROMPTS[0]], GREEDY)
+        table[200] = row
+        assert "not finite" in bad.error
+        assert good.token_ids == expected[0]
+        assert run(llm) == expected
+
+
+def test_a_rank_with_less_memory_decides_how_many_blocks_there_are(tiny, monkeypatch):
+    budgets = iter((2**21, 2**20))
+    monkeypatch.setattr(engine.runner, "kv_cache_bytes", lambda config, device: next(budgets))
+    with divided(tiny, 2) as llm:
+        # Two layers, keys and values, one KV head of 16 numbers of 4 bytes, blocks of 4 tokens.
+        assert llm.engine.runner.num_blocks == 2**20 // (2 * 2 * 16 * 4 * 4)
+
+
+def test_a_rank_reads_only_its_part(tmp_path, monkeypatch):
+    """Slices of the mapped file are copied: the weights of all ranks together, and what each has whole, once each."""
+    make_tiny_qwen3(tmp_path, **SIZES)
+    copied: list[int] = []
+    copy = loader._copy
+
+    def count(tensor, parameter, copies) -> None:
+        copied.append(sum(tensor[source].nbytes for source, _ in copies))
+        copy(tensor, parameter, copies)
+
+    monkeypatch.setattr(loader, "_copy", count)
+    LLM(str(tmp_path), **FIELDS)
+    whole, norms = sum(copied), sum(size for size in copied if size <= SIZES["hidden_size"] * 4)
+    copied.clear()
+    with divided(tmp_path, 2):
+        assert sum(copied) == whole + norms
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "shares"),
+    [
+        (8, 4, [(0, 2), (2, 2), (4, 2), (6, 2)]),
+        (4, 4, [(0, 1), (1, 1), (2, 1), (3, 1)]),
+        (2, 4, [(0, 1), (0, 1), (1, 1), (1, 1)]),
+        (1, 2, [(0, 1), (0, 1)]),
+    ],
+)
+def test_few_heads_are_held_by_several_ranks(count, size, shares):
+    assert [ranks(rank, size).share_or_copy(count) for rank in range(size)] == [
+        Share(count, start, part) for start, part in shares
+    ]
+
+
+def test_the_last_rows_of_a_vocabulary_may_be_padding():
+    found = [ranks(rank, 4).share_padded(517).span() for rank in range(4)]
+    assert [span.stop - span.start for span in found] == [130, 130, 130, 127]
+    assert [ranks(rank, 4).share_padded(2).span() for rank in range(4)] == [
+        slice(0, 1), slice(1, 2), slice(2, 2), slice(2, 2),
+    ]  # fmt: skip
+
+
+def ranks(rank: int, size: int) -> TensorParallel:
+    group = TensorParallel()
+    group.rank, group.size = rank, size
+    return group
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size", "message"),
+    [
+        ({}, 3, "num_attention_heads is 8, which 3 ranks cannot divide: expected one of 1, 2, 4, 8$"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 3}, 2, "num_key_value_heads is 3, .* one of 1, 3, 6$"),
+        ({"intermediate_size": 99}, 2, "intermediate_size is 99, which 2 ranks cannot divide: expected one of 1$"),
+    ],
+)
+def test_sizes_that_do_not_divide_the_model(tmp_path, overrides, size, message):
+    make_tiny_qwen3(tmp_path, **(SIZES | overrides))
+    with pytest.raises(ConfigError, match=message):
+        LLM(str(tmp_path), tensor_parallel_size=size, **FIELDS)
+
+
+def test_groups_that_ranks_cannot_divide(tmp_path):
+    make_quantized(tmp_path, "gptq", num_key_value_heads=4, intermediate_size=384)
+    with pytest.raises(ConfigError, match=r"down_proj cannot be quantized .* expected a multiple of 128: lower"):
+        LLM(str(tmp_path), tensor_parallel_size=2, **FIELDS)
+
+
+def test_more_ranks_than_gpus(tmp_path):
+    with pytest.raises(ConfigError, match="tensor_parallel_size is 2, but torch finds 0 CUDA devices"):
+        processes.start_process(1, 2, tmp_path, torch.device("cuda"))
+
+
+def test_a_rank_that_fails_at_the_start_tells_why(tiny, monkeypatch):
+    def fail(*arguments) -> None:
+        raise CheckpointError("the disk of rank 1 is on fire")
+
+    monkeypatch.setattr(engine.parallel.follower.Follower, "__init__", fail)
+    with pytest.raises(CheckpointError, match=r"^rank 1 of 2 failed: the disk of rank 1 is on fire$"):
+        LLM(str(tiny), tensor_parallel_size=2, **FIELDS)
+
+
+def test_a_rank_that_fails_in_a_step_ends_the_engine(tiny, monkeypatch):
+    with divided(tiny, 2) as llm:
+        monkeypatch.setattr(engine.parallel.follower.Follower, "obey", lambda self, order: 1 / 0)
+        with pytest.raises(EngineDeadError, match=r"^rank 1 of 2 failed: ZeroDivisionError: division by zero$"):
+            run(llm)
+        with pytest.raises(EngineDeadError, match="rank 1 of 2 failed"):
+            llm.engine.check_health()
+
+
+def test_a_damaged_checkpoint_is_told_once(tmp_path):
+    make_tiny_qwen3(tmp_path, **SIZES)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        LLM(str(tmp_path), tensor_parallel_size=2, **FIELDS)
+
+
+def test_processes_compute_what_one_does_and_their_death_ends_the_engine(tiny):
+    expected = run(LLM(str(tiny), **FIELDS), VARIED)
+    llm = LLM(str(tiny), tensor_parallel_size=2, **FIELDS)
+    assert run(llm, VARIED) == expected
+    [process] = llm.engine.runner._workers._state.ranks.values()
+    os.kill(process.pid, signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(EngineDeadError, match=r"^rank 1 of 2 failed: its process was killed by signal 9 \(SIGKILL\)$"):
+        run(llm)
+    assert time.monotonic() - start < 20
+    folder = llm.engine.runner._workers._state.folder
+    del llm
+    gc.collect()
+    assert not folder.exists()
