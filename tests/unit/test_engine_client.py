@@ -23,7 +23,7 @@ from serve_app.replica import EngineReplica
 from tests.tiny_models import make_tiny_qwen3
 
 Replica = EngineReplica.func_or_class  # type: ignore[attr-defined]
-NUM_TOKENS = 60
+NUM_TOKENS = 150
 ENGINE = {"kv_cache_memory": 2**22, "block_size": 4, "max_num_seqs": 8, "device": "cpu", "num_threads": 1}
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'EngineReplica.__del__' was never awaited")
 
@@ -158,11 +158,16 @@ async def start(client: EngineClient, *requests: EngineRequest) -> list["asyncio
     return tasks
 
 
+def victim_of(client: EngineClient) -> str:
+    """A replica that has requests."""
+    return next(each.replica_id for each in client.fleet.attempts.values() if each.replica_id is not None)
+
+
 REQUESTS = [
     request("greedy", logprobs=2, prompt_logprobs=1),
     request("sampled", temperature=1.5, seed=4, repetition_penalty=1.2, prompt=9),
     request("other", prompt=11, frequency_penalty=0.5),
-    request("stop", prompt=13, min_tokens=40, stop_token_ids=tuple(range(100, 200))),
+    request("stop", prompt=13, min_tokens=100, stop_token_ids=tuple(range(100, 200))),
 ]
 
 
@@ -188,8 +193,9 @@ def check_equal(found: list[list[RequestOutput]], expected: list[list[RequestOut
 async def test_nothing_shows_when_a_replica_dies(client: EngineClient, hosts: Hosts):
     expected = await undisturbed(client)
     tasks = await start(client, *REQUESTS)
-    lost = [attempt for attempt in client.fleet.attempts.values() if attempt.replica_id == "a"]
-    hosts.by_id["a"].dead.set()
+    victim = victim_of(client)
+    lost = [attempt for attempt in client.fleet.attempts.values() if attempt.replica_id == victim]
+    hosts.by_id[victim].dead.set()
     check_equal(await asyncio.gather(*tasks), expected)
     assert lost and client.num_migrations[Loss.DIED] == len(lost) == client.num_migrations.total()
     assert not client.fleet.attempts
@@ -198,9 +204,10 @@ async def test_nothing_shows_when_a_replica_dies(client: EngineClient, hosts: Ho
 async def test_nothing_shows_when_a_replica_hangs_and_what_it_says_later_is_ignored(client: EngineClient, hosts: Hosts):
     expected = await undisturbed(client)
     tasks = await start(client, *REQUESTS)
-    hosts.by_id["a"].runs.clear()
+    victim = hosts.by_id[victim_of(client)]
+    victim.runs.clear()
     found = await asyncio.gather(*tasks)
-    hosts.by_id["a"].runs.set()
+    victim.runs.set()
     check_equal(found, expected)
     assert client.num_migrations[Loss.SILENT] >= 1
     again = msgspec.structs.replace(REQUESTS[0], request_id="again")
@@ -210,7 +217,7 @@ async def test_nothing_shows_when_a_replica_hangs_and_what_it_says_later_is_igno
 async def test_nothing_shows_when_an_engine_fails(client: EngineClient, hosts: Hosts, monkeypatch: pytest.MonkeyPatch):
     expected = await undisturbed(client)
     tasks = await start(client, *REQUESTS)
-    fail(hosts.by_id["a"], monkeypatch)
+    fail(hosts.by_id[victim_of(client)], monkeypatch)
     check_equal(await asyncio.gather(*tasks), expected)
     assert client.num_migrations[Loss.ENGINE_FAULT] >= 1
 
