@@ -56,9 +56,9 @@ export class Answer {
     return this.finishReason === null && this.reasoning !== "" && this.thinkingEnd === null;
   }
 
-  /** Seconds spent on reasoning; 0 if there was none. */
-  get thinkingSeconds() {
-    return this.reasoning ? ((this.thinkingEnd ?? performance.now()) - this.#firstToken) / 1000 : 0;
+  /** Milliseconds spent on reasoning; 0 if there was none. */
+  get thinkingMs() {
+    return this.reasoning ? (this.thinkingEnd ?? performance.now()) - this.#firstToken : 0;
   }
 
   /** Itself, for the API. The template leaves out what was thought before the last question. */

@@ -225,7 +225,8 @@ export class Chat {
   #showContext(answer) {
     const used = answer.usage?.total_tokens;
     const most = this.model.maxLength();
-    byId("context").textContent = used && most ? `${used.toLocaleString("en")} of ${most.toLocaleString("en")} tokens` : "";
+    const isKnown = used && most;
+    byId("context").textContent = isKnown ? `${used.toLocaleString("en")} of ${most.toLocaleString("en")} tokens` : "";
   }
 
   /** Follow what is written, unless the reader has scrolled up. */

@@ -16,7 +16,9 @@ export class Conversation {
       format: "qwen3-serve conversation",
       exported: new Date().toISOString(),
       entries: this.entries.map((entry) =>
-        entry.role === "user" ? entry : { ...entry.message(), results: entry.results(), metrics: entry.metrics(), request: entry.request },
+        entry.role === "user"
+          ? entry
+          : { ...entry.message(), results: entry.results(), metrics: entry.metrics(), request: entry.request },
       ),
     };
   }

@@ -110,7 +110,8 @@ class ModelView {
     this.#figures.running.show(sum((load) => load.num_running));
     this.#figures.waiting.show(model.num_queued + sum((load) => load.num_waiting));
     this.#figures.kv.show(blocks ? used / blocks : 0, percent(blocks ? used / blocks : 0));
-    this.#figures.prefill.show(sum((load) => load.prefill_tokens_per_s), rate(sum((load) => load.prefill_tokens_per_s)));
+    const prefill = sum((load) => load.prefill_tokens_per_s);
+    this.#figures.prefill.show(prefill, rate(prefill));
     this.#showReplicas(model.replicas);
     const { min_replicas: least, max_replicas: most } = model;
     this.#note.textContent = scaling(least, most);
@@ -192,7 +193,8 @@ class ReplicaRow {
 
 function scaling(least, most) {
   if (most === null) return "";
-  return least === most ? `The number of replicas is fixed at ${most}.` : `The autoscaler keeps ${least} to ${most} replicas.`;
+  if (least === most) return `The number of replicas is fixed at ${most}.`;
+  return `The autoscaler keeps ${least} to ${most} replicas.`;
 }
 
 function percent(share) {

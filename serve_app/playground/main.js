@@ -10,13 +10,15 @@ import { Settings } from "./settings.js";
 const RETRY_MS = 2000;
 const THEMES = ["auto", "light", "dark"];
 
+const isNarrow = matchMedia("(max-width: 40rem)"); // as in the style sheets
+
 let models = [];
 
 const settings = new Settings(() => loadModels());
 const fleet = new Fleet();
 const chat = new Chat(
   settings,
-  { name: () => byId("model").value && models.length ? byId("model").value : "", maxLength: () => chosen()?.max_model_len ?? 0 },
+  { name: () => chosen()?.id ?? "", maxLength: () => chosen()?.max_model_len ?? 0 },
   askForKey,
 );
 
@@ -47,7 +49,14 @@ function askForKey() {
 
 function showSettings(isShown) {
   byId("settings").hidden = !isShown;
+  setCovered();
   byId("toggle-settings").setAttribute("aria-expanded", String(isShown));
+}
+
+/** Where the settings cover everything else, the focus must not go there. */
+function setCovered() {
+  const isCovered = isNarrow.matches && !byId("settings").hidden;
+  for (const each of document.querySelectorAll("header, main, .skip")) each.inert = isCovered;
 }
 
 function showView(name) {
@@ -78,6 +87,7 @@ byId("model").addEventListener("change", () => settings.showDefaults(chosen()?.d
 byId("show-chat").addEventListener("click", () => showView("chat"));
 byId("show-fleet").addEventListener("click", () => showView("fleet"));
 byId("theme").addEventListener("click", nextTheme);
+isNarrow.addEventListener("change", setCovered);
 byId("toggle-settings").addEventListener("click", () => {
   const isShown = byId("settings").hidden;
   showSettings(isShown);

@@ -91,7 +91,8 @@ export class AnswerView {
     this.root.classList.toggle("waiting", isRunning && answer.isEmpty && !answer.reasoning);
     this.root.setAttribute("aria-busy", String(isRunning));
     this.#fold.hidden = !answer.reasoning;
-    this.#summary.textContent = answer.isThinking ? "Thinking…" : `Thought for ${milliseconds(1000 * answer.thinkingSeconds)}`;
+    const thought = milliseconds(answer.thinkingMs);
+    this.#summary.textContent = answer.isThinking ? "Thinking…" : `Thought for ${thought}`;
     this.#showThinking();
     showMarkdown(this.#content, answer.content);
     this.#showCalls();
@@ -126,7 +127,8 @@ export class AnswerView {
   #addCard(call) {
     const given = element("code");
     const head = element("p.call-name", {}, element("span", {}, "Calls "), element("code", {}, call.name));
-    this.#calls.append(element("section.call", { "aria-label": `Call of ${call.name}` }, head, element("pre", { tabIndex: 0 }, given)));
+    const label = `Call of ${call.name}`;
+    this.#calls.append(element("section.call", { "aria-label": label }, head, element("pre", { tabIndex: 0 }, given)));
     return given;
   }
 
@@ -156,11 +158,11 @@ function metrics(answer) {
   const found = answer.metrics();
   const shown = [
     ["TTFT", found.ttft_ms, milliseconds, "From sending to the first token, measured here"],
-    ["Speed", found.tokens_per_s, (value) => `${value.toFixed(value < 10 ? 1 : 0)} tok/s`, "Tokens after the first, over the time they took"],
-    ["Output", found.output_tokens, (value) => `${value} tok`, "Tokens of the answer, reasoning included"],
-    ["Prompt", found.prompt_tokens, (value) => `${value} tok`, "Tokens of the whole conversation before it"],
-    ["Cached", found.cached_tokens, (value) => `${value} tok`, "Of the prompt, found in the prefix cache"],
-    ["Queue", found.queue_ms, milliseconds, "Waiting in the engine before its first step"],
+    ["Speed", found.tokens_per_s, (value) => `${rounded(value)} tok/s`, "Tokens after the first, over their time"],
+    ["Output", found.output_tokens, tokens, "Tokens of the answer, reasoning included"],
+    ["Prompt", found.prompt_tokens, tokens, "Tokens of the whole conversation before it"],
+    ["Cached", found.cached_tokens, tokens, "Of the prompt, found in the prefix cache"],
+    ["Queue", found.queue_ms, milliseconds, "From admission to its first step in the engine"],
   ];
   const parts = shown
     .filter(([, value]) => value !== null)
@@ -174,12 +176,17 @@ function metric(name, value, title) {
   return element("div", { title }, element("dt", {}, name), element("dd", {}, value));
 }
 
-function milliseconds(value) {
-  return value < 1000 ? `${value.toFixed(value < 10 ? 1 : 0)} ms` : seconds(value / 1000);
+function tokens(value) {
+  return `${value} tok`;
 }
 
-function seconds(value) {
-  return `${value.toFixed(value < 10 ? 1 : 0)} s`;
+function milliseconds(value) {
+  return value < 1000 ? `${rounded(value)} ms` : `${rounded(value / 1000)} s`;
+}
+
+/** Two figures at least. */
+function rounded(value) {
+  return value.toFixed(value < 10 ? 1 : 0);
 }
 
 /** JSON that is complete, with indentation; anything else as it came. */

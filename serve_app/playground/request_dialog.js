@@ -23,7 +23,7 @@ export function prepareRequestDialog() {
       write();
     });
   }
-  byId("copy-request").addEventListener("click", (event) => copy(event.currentTarget, byId("request-code").textContent));
+  byId("copy-request").addEventListener("click", () => copy(byId("copy-request"), byId("request-code").textContent));
   byId("close-request").addEventListener("click", () => byId("request").close());
   byId("request").addEventListener("click", (event) => {
     if (event.target === byId("request")) byId("request").close(); // beside it
@@ -32,5 +32,5 @@ export function prepareRequestDialog() {
 
 function write() {
   for (const id of Object.keys(LANGUAGES)) byId(id).setAttribute("aria-pressed", String(id === language));
-  byId("request-code").textContent = LANGUAGES[language](shown, new URL("./", location.href).href.replace(/[?#].*/, ""));
+  byId("request-code").textContent = LANGUAGES[language](shown, new URL("./", location.href).href);
 }

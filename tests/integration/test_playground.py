@@ -389,6 +389,8 @@ def test_it_fits_a_narrow_screen(page: Page):
     for button in ("#toggle-settings", "#close-settings", "#show-fleet"):
         page.click(button)
         assert not page.evaluate(is_too_wide)
+        # What is covered cannot have the focus.
+        assert page.evaluate("document.querySelector('#chat').inert") is (button == "#toggle-settings")
     expect(page.locator(".replicas tbody tr")).not_to_have_count(0)
     assert page.evaluate("document.querySelector('#fleet').scrollWidth") <= 360
 
