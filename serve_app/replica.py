@@ -21,6 +21,7 @@ from serve_app.load_report import LoadReport
 from serve_app.metrics.engine import replica_registry
 from serve_app.metrics.process import Snapshot, process_id, samples_of
 from serve_app.metrics.ray_export import RayExport
+from serve_app.ranks import start_actor
 from serve_app.step_sender import StepSenders
 from serve_app.terminal import say
 from serve_app.wire import EngineResult, ModelInfo, Refusal, RefusalKind
@@ -44,7 +45,7 @@ class EngineReplica:
     async def __init__(self, config: EngineConfig, model_name: str) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         try:
             # On a thread, as it takes minutes for a large model and Ray talks to this loop meanwhile.
-            self._engine = await asyncio.to_thread(AsyncEngine, config, self._step_done)
+            self._engine = await asyncio.to_thread(AsyncEngine, config, self._step_done, start_actor)
         except Exception as error:
             say(f"the engine cannot start: {error}")
             raise

@@ -1,4 +1,4 @@
-"""Ranks of a model as threads of this process: the same sockets, orders and gloo groups, without starting interpreters."""
+"""Ranks of a model as threads of this process: with sockets and gloo groups as ever, but without new interpreters."""
 
 import threading
 from pathlib import Path
