@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
+from engine.layers.quantized_experts import QuantizedExperts
 from engine.model_config import ModelConfig
 from engine.parallel.group import TensorParallel
 from engine.parallel.share import Share, whole
@@ -34,19 +35,29 @@ class ExpertWeights(nn.Module):
 
     def __init__(self, num_experts: int, in_features: int | Share, part_sizes: tuple[int | Share, ...]) -> None:
         super().__init__()
-        self._num_experts = num_experts
-        self._inputs = whole(in_features)
-        self._parts = tuple(map(whole, part_sizes))
-        num_rows = num_experts * sum(part.size for part in self._parts)
-        self.weight = nn.Parameter(torch.empty(num_rows, self._inputs.size), requires_grad=False)
+        self.num_experts = num_experts
+        self.inputs = whole(in_features)
+        self.parts = tuple(map(whole, part_sizes))
+        num_rows = num_experts * sum(part.size for part in self.parts)
+        self.weight = nn.Parameter(torch.empty(num_rows, self.inputs.size), requires_grad=False)
 
     def shares(self, parameter: str) -> tuple[tuple[Share, ...], ...]:
         """See `Linear.shares`."""
-        return tuple((part, self._inputs) for part in self._parts) * self._num_experts
+        return tuple((part, self.inputs) for part in self.parts) * self.num_experts
 
     def stacked(self) -> Tensor:
         """[num_experts, out_features, in_features], a view."""
-        return self.weight.unflatten(0, (self._num_experts, -1))
+        return self.weight.unflatten(0, (self.num_experts, -1))
+
+    @property
+    def outputs(self) -> tuple[Share, ...]:
+        """What a rank has of each tensor of the checkpoint."""
+        return self.parts * self.num_experts
+
+    @property
+    def scale(self) -> None:
+        """Weights are not quantized; see `QuantizedExperts`."""
+        return
 
 
 class MoE(nn.Module):
@@ -69,8 +80,12 @@ class MoE(nn.Module):
         self._group = group
         size = group.share(config.moe_intermediate_size)
         self.gate = Router(config.hidden_size, config.num_experts)
-        self.experts_gate_up = ExpertWeights(config.num_experts, config.hidden_size, (size, size))
-        self.experts_down = ExpertWeights(config.num_experts, size, (config.hidden_size,))
+        self.experts_gate_up: ExpertWeights | QuantizedExperts = ExpertWeights(
+            config.num_experts, config.hidden_size, (size, size)
+        )
+        self.experts_down: ExpertWeights | QuantizedExperts = ExpertWeights(
+            config.num_experts, size, (config.hidden_size,)
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [num_tokens, hidden_size] → the same shape."""
@@ -81,5 +96,7 @@ class MoE(nn.Module):
             self.experts_down.stacked(),
             self._top_k,
             self._norm_topk_prob,
+            self.experts_gate_up.scale,
+            self.experts_down.scale,
         )
         return self._group.all_reduce(outputs)

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from engine.errors import CheckpointError, ConfigError
 from engine.layers.linear import Linear
-from engine.layers.moe import MoE
+from engine.layers.moe import ExpertWeights
+from engine.layers.quantized_experts import QuantizedExperts
+from engine.layers.quantized_linear import QuantizedLinear
 from engine.parallel.share import Share
 from engine.weights.checkpoint import Checkpoint, TensorInfo
 from engine.weights.messages import dtype_text, shape_text, shown
@@ -127,39 +129,35 @@ class QuantizedCheckpoint:
 def quantize(
     model: nn.Module, checkpoint: Checkpoint, quantization: Quantization, device: torch.device
 ) -> QuantizedCheckpoint:
-    """Swap the model's linear layers for quantized ones, and get the checkpoint that fills the model then.
+    """Swap the model's linear layers, experts' too, for quantized ones, and get the checkpoint that fills it then.
 
     Args:
-        model: built on the meta device, of `Linear` layers.
+        model: built on the meta device, of `Linear` layers and `ExpertWeights`.
         checkpoint: what config.json, or the operator, says is quantized, or is to be.
         device: where the model will run.
 
     Raises:
-        CheckpointError: the checkpoint does not hold what its quantization needs, or the model has experts.
+        CheckpointError: the checkpoint does not hold what its quantization needs.
         ConfigError: ranks' shares of a layer are no whole groups of the quantization.
     """
     parts: list[_Part] = []
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, MoE):
-            raise CheckpointError(
-                f"{path} is a mixture of experts, which cannot be quantized ({quantization.label}); "
-                "expected a dense model, or an unquantized checkpoint and quantization: none"
-            )
-        if not isinstance(layer, Linear) or path == OUTPUT_PROJECTION:
+        if not isinstance(layer, (Linear, ExpertWeights)) or path == OUTPUT_PROJECTION:
             continue
         found = _parts(model, path, layer, checkpoint.tensors)
         covered = {quantization.covers(part.name) for part in found}
         if len(covered) == 2:
+            some = ", ".join(part.name for part in found[:3]) + (", …" if len(found) > 3 else "")
             raise CheckpointError(
-                f"config.json: quantization_config leaves some of {', '.join(part.name for part in found)} "
-                "unquantized, expected all of them or none: they are computed at once"
+                f"config.json: quantization_config leaves some of {some} unquantized, expected all of them or none: "
+                "they are computed at once"
             )
         if covered == {False}:
             continue
         parts += found
         try:
             with torch.device("meta"):
-                quantized = quantization.format.layer(layer.inputs, layer.outputs, layer.bias is not None)
+                quantized = _quantized(layer, quantization.format.layer)
             _check_groups(found, quantization)
         except ValueError as error:
             message = f"{path} cannot be quantized ({quantization.label}): {error}"
@@ -170,7 +168,16 @@ def quantize(
     return QuantizedCheckpoint(checkpoint, parts, quantization, device)
 
 
-def _parts(model: nn.Module, path: str, layer: Linear, tensors: Mapping[str, TensorInfo]) -> list[_Part]:
+def _quantized(layer: Linear | ExpertWeights, kind: type[QuantizedLinear]) -> nn.Module:
+    """What takes the place of a layer. Raises ValueError for sizes that do not fit."""
+    if isinstance(layer, ExpertWeights):
+        return QuantizedExperts(kind, layer.num_experts, layer.inputs, layer.parts)
+    return kind(layer.inputs, layer.outputs, layer.bias is not None)
+
+
+def _parts(
+    model: nn.Module, path: str, layer: Linear | ExpertWeights, tensors: Mapping[str, TensorInfo]
+) -> list[_Part]:
     """The checkpoint's weights that fill a layer."""
     prefix = "" if any(name.startswith("model.") for name in tensors) else "model."
     path = path.removeprefix(prefix)

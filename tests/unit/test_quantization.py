@@ -312,14 +312,6 @@ def test_sizes_that_do_not_fit(tmp_path, scheme, hidden_size, expected):
     assert "qkv_proj cannot be quantized" in message and expected in message
 
 
-def test_experts_are_refused(tmp_path):
-    make_tiny_qwen3(tmp_path)
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    edit_config(tmp_path, architectures=["Qwen3MoeForCausalLM"], **experts)
-    message = error_of(lambda: make_llm(tmp_path, quantization="int8"))
-    assert "layers.0.mlp is a mixture of experts, which cannot be quantized (quantization: int8)" in message
-
-
 def test_parts_that_share_a_block_of_scales(tmp_path):
     make_quantized(tmp_path, "fp8 blocks", head_dim=32)
     assert "parts are [128, 64, 64] wide, expected multiples of 128" in error_of(lambda: make_llm(tmp_path))
