@@ -7,7 +7,7 @@ from engine.sampling.batch import Method, RowGroup, SamplingBatch
 from engine.sampling.sampler import sample
 from kernels.sample import sample_tokens
 from tests.gpu import captured, needs_cuda
-from tests.kernels import DTYPES, padded_rows
+from tests.kernels import DTYPES, padded_rows, test_sample_logprobs, test_sample_penalties
 from tests.kernels.test_sample import MIXED, OFF, check, random_logits, with_uniforms
 from tests.sampling_reference import one_group
 
@@ -60,6 +60,19 @@ def test_rows_that_are_no_numbers():
     logits[::3, VOCAB - 1] = torch.nan
     logits[1::3] = -torch.inf
     check(logits, with_uniforms(MIXED, "cuda"), VOCAB)
+
+
+@pytest.mark.parametrize("num_distinct", [3, VOCAB + 50])
+def test_penalties(num_distinct):
+    torch.manual_seed(8)
+    test_sample_penalties.check(test_sample_penalties.random_rows(80, 70, VOCAB, 3000, num_distinct, "cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logprobs(dtype):
+    torch.manual_seed(9)
+    logits = padded_rows(random_logits(100, VOCAB, dtype, device="cuda"), PADDING)
+    test_sample_logprobs.check(logits, torch.randint(VOCAB, (100,), device="cuda"), VOCAB)
 
 
 def test_in_a_graph():

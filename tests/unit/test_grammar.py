@@ -220,6 +220,9 @@ def test_a_random_model_always_writes_what_the_schema_describes(llm, schema, see
     grammar = json_schema_grammar(schema)
     params = [SamplingParams(grammar=grammar, seed=seed + i, top_k=top_k, max_tokens=480) for i in range(4)]
     for completion in llm.generate([[2, 3]] * 4, params):
+        if completion.finish_reason is FinishReason.LENGTH:  # objects with long names in nested arrays
+            assert len(completion.token_ids) == 480
+            continue
         assert completion.finish_reason is FinishReason.STOP, completion.error
         assert_described(completion.text, schema)
 
