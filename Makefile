@@ -40,7 +40,7 @@ endif
 # Both processes of a run must name the tests alike, so sets have one order.
 IN_TWO = PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test: setup lint
+test: $(VENV)/load-ready lint
 	$(IN_TWO) tests/kernels
 	$(IN_TWO) tests/unit
 	$(BIN)/python -m pytest tests/integration
