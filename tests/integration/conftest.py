@@ -20,8 +20,12 @@ from engine.weights.safetensors_checkpoint import SafetensorsCheckpoint
 from tests.adapters import write_adapter
 from tests.integration.server import MAKE_SERVE, ROOT, Server
 
+CLUSTER = ROOT / "cluster"
+
 ENGINE: dict[str, Any] = {"kv_cache_memory": "128MiB", "max_num_seqs": 8, "max_num_waiting": 48, "num_threads": 1}
 """Few requests run at once, so that queues and refusals are within a test's reach."""
+SLO = {"tpot_s": 1e-6}
+"""Nobody can keep that, so that the alert on it fires on every machine. Admission goes by the other target."""
 LIMITS = {"body_bytes": 300_000, "grammar_compile_s": 0.5}
 PATIENCE_S = 30.0
 
@@ -31,7 +35,21 @@ def server() -> Iterator[Server]:
     folder = Path(tempfile.mkdtemp(prefix="q3s-"))
     make_demo_adapter(folder / "adapters" / "loud", seed=1)
     adapters = {"max_loras": 2, "lora_folder": str(folder / "adapters")}
-    with Server(folder, MAKE_SERVE, ENGINE | adapters, LIMITS) as running:
+    with Server(folder, MAKE_SERVE, ENGINE | adapters, LIMITS, {"slo": SLO}) as running:
+        yield running
+    shutil.rmtree(folder)
+
+
+class TwoModels(Server):
+    """The service of cluster/multi-model.yaml."""
+
+    source = CLUSTER / "multi-model.yaml"
+
+
+@pytest.fixture(scope="session")
+def two_models() -> Iterator[Server]:
+    folder = Path(tempfile.mkdtemp(prefix="q3m-"))
+    with TwoModels(folder, MAKE_SERVE, {"kv_cache_memory": "64MiB", "max_num_seqs": 4, "num_threads": 1}) as running:
         yield running
     shutil.rmtree(folder)
 

@@ -141,7 +141,7 @@ def test_every_query_of_every_panel_finds_something(prometheus: Prometheus):
 
 
 @pytest.mark.usefixtures("load")
-def test_requests_that_come_late_wake_somebody(webhook: tuple[str, list[dict[str, Any]]], prometheus: Prometheus):
+def test_a_missed_objective_wakes_somebody(webhook: tuple[str, list[dict[str, Any]]], prometheus: Prometheus):
     _, arrived = webhook
     wait_for(
         lambda: any(alert["labels"]["alertname"] == "Qwen3SloBurnsFast" for alert in arrived),
