@@ -39,7 +39,8 @@ OpenAI does not have, to vLLM.
 | route | |
 |---|---|
 | `GET /v1/models`, `GET /v1/models/{id}` | the models, with the sampling parameters that hold by default |
-| `GET /health` | 200 when a model can be used, else 503; needs no key |
+| `GET /health` | 200 if of every model a replica answers, or none is kept while nobody asks; else 503; needs no key |
+| `GET /-/healthz`, `GET /-/routes` | Ray Serve's: whether there is an ingress, and the prefixes of applications; no key |
 | `GET /status` | models, their replicas and loads, and the autoscaler's target, as the answering ingress sees them |
 | `GET /metrics` | of every process, in Prometheus' text format: `docs/metrics.md` |
 | `GET /version` | of this software |
