@@ -407,7 +407,9 @@ def compile_cases() -> list[CompileCase]:
         name = f"fused_moe {num_tokens} {str(dtype).removeprefix('torch.')}{' in blocks' if in_blocks else ''}"
         is_float8 = dtype == torch.float8_e4m3fn
         return CompileCase(
-            name, lambda: fused_moe(hidden, logits, *weights, 8, True, *scales), min_capability=89 if is_float8 else 80
+            name,
+            lambda: fused_moe(hidden, logits, weights[0], weights[1], 8, True, scales[0], scales[1]),
+            min_capability=89 if is_float8 else 80,
         )
 
     return [

@@ -7,6 +7,7 @@ the host, where all lengths are known: the longest come first, so that none is l
 """
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -278,7 +279,7 @@ def _block_m(query: Tensor, k_cache: Tensor, query_blocks: Tensor, tokens_per_bl
 def compile_cases() -> list[CompileCase]:
     """Prompts of Qwen3-0.6B (16 query heads for 8) and 8B (32 for 8), speculative tokens, and the other paths."""
     bf16, fp16 = torch.bfloat16, torch.float16
-    shapes = [
+    shapes: list[tuple[Any, ...]] = [
         # num_heads, num_kv_heads, head_dim, block_size, num_tokens, query dtype, cache dtype, window
         (16, 8, 128, 16, 4096, bf16, bf16),
         (28, 4, 128, 256, 4096, fp16, fp16),

@@ -10,6 +10,7 @@ need.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -400,7 +401,7 @@ def paged_decode(
 def compile_cases() -> list[CompileCase]:
     """Qwen3-0.6B (16 query heads for 8) and 8B (32 for 8), and the other paths."""
     bf16, fp32 = torch.bfloat16, torch.float32
-    shapes = [
+    shapes: list[tuple[Any, ...]] = [
         # num_heads, num_kv_heads, head_dim, batch_size, query dtype, cache dtype, window
         (16, 8, 128, 1, bf16, bf16),
         (32, 8, 128, 64, bf16, bf16),

@@ -80,12 +80,9 @@ class MoE(nn.Module):
         self._group = group
         size = group.share(config.moe_intermediate_size)
         self.gate = Router(config.hidden_size, config.num_experts)
-        self.experts_gate_up: ExpertWeights | QuantizedExperts = ExpertWeights(
-            config.num_experts, config.hidden_size, (size, size)
-        )
-        self.experts_down: ExpertWeights | QuantizedExperts = ExpertWeights(
-            config.num_experts, size, (config.hidden_size,)
-        )
+        num_experts, hidden_size = config.num_experts, config.hidden_size
+        self.experts_gate_up: ExpertWeights | QuantizedExperts = ExpertWeights(num_experts, hidden_size, (size, size))
+        self.experts_down: ExpertWeights | QuantizedExperts = ExpertWeights(num_experts, size, (hidden_size,))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [num_tokens, hidden_size] → the same shape."""
