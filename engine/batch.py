@@ -134,6 +134,10 @@ class BatchTables:
         """Note tokens that may follow those that a request has."""
         self.notes.guesses.append((request.slot, len(request.token_ids), np.array(guesses, dtype=np.int32)))
 
+    def forget_notes(self) -> None:
+        """Drop what was noted and not written, for requests that will all be admitted anew."""
+        self.notes = TableNotes()
+
     def flush(self) -> None:
         """Write what was noted."""
         notes = self.notes

@@ -321,6 +321,7 @@ class LLMEngine:
 
         The model's peak was measured before the first request, so this is for peaks that nobody foresaw.
         """
+        self.runner.forget()
         self._scheduler.take_back(step)
         live = [pair for pair in zip(step.num_new_tokens, step.requests, strict=True) if pair[1].finish_reason is None]
         if not live:

@@ -144,6 +144,10 @@ class ModelRunner:
         """
         return self._run(*self._plan(step), before_masks)
 
+    def forget(self) -> None:
+        """Forget the step whose launch has failed. Requests that it admitted or gave blocks must be admitted anew."""
+        self._tables.forget_notes()
+
     def wait(self, launched: LaunchedStep) -> StepResult:
         """The outcome of a launched step, once it has ended."""
         return launched.result()

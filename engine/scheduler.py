@@ -145,7 +145,10 @@ class Scheduler:
         return step
 
     def take_back(self, step: Step) -> None:
-        """Undo `schedule` for a step that was not launched. Requests that it admitted wait again."""
+        """Undo `schedule` for a step whose launch failed, after the step before it has been taken in.
+
+        Requests that it admitted or gave blocks wait to be admitted anew: the runner may not have noted what they got.
+        """
         is_sampling = set(step.sampling)
         self._has_prefill = True
         for index, (request, start) in enumerate(zip(step.requests, step.starts, strict=True)):
@@ -153,7 +156,7 @@ class Scheduler:
                 continue
             request.num_pending_tokens -= index in is_sampling
             request.num_computed_tokens = start
-            if request in step.admitted:
+            if request in step.admitted or request in step.grown:
                 self._preempt(request)
 
     def update(self, step: Step, sampled_token_ids: Sequence[int]) -> list[Request | None]:

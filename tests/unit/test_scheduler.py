@@ -105,6 +105,26 @@ def replay_events(pool: BlockPool, known_keys: set[bytes]) -> None:
     assert known_keys == set(pool.keys())
 
 
+def make_timeline(specs: list[tuple]) -> list[tuple[int, int | None, Request]]:
+    """When each request arrives, when it is aborted if ever, and the request."""
+    timeline = []
+    for index, (prefix, length, max_tokens, priority, arrival, abort, salt) in enumerate(specs):
+        prompt = [(prefix * 3 + position) % 10 if position < 12 else index % 10 for position in range(length)]
+        params = SamplingParams(max_tokens=min(max_tokens, MAX_MODEL_LEN - length))
+        source = EngineRequest(
+            request_id=str(index), prompt_token_ids=prompt, params=params, priority=priority, cache_salt=salt
+        )
+        timeline.append((arrival, abort, Request(source, (EOS,), MAX_MODEL_LEN)))
+    return timeline
+
+
+def fail_launch(scheduler: Scheduler, step: Step, in_flight: tuple[Step, list[int]] | None) -> None:
+    """As the engine does where a step runs out of memory."""
+    if in_flight:
+        scheduler.update(*in_flight)
+    scheduler.take_back(step)
+
+
 requests_strategy = st.lists(
     st.tuples(
         st.integers(0, 3),  # shared prefix
@@ -131,23 +151,17 @@ requests_strategy = st.lists(
     st.sampled_from([0.0, 0.1, 0.5]),
     st.booleans(),
     st.integers(1, 20),
+    st.sets(st.integers(0, 60), max_size=6),
 )
 def test_random_traces(
-    specs, block_size, spare_blocks, max_num_seqs, max_batched, caching, watermark, overlap, take_every
+    specs, block_size, spare_blocks, max_num_seqs, max_batched, caching, watermark, overlap, take_every, failing
 ):
     num_blocks = -(-MAX_MODEL_LEN // block_size) + spare_blocks
     pool = BlockPool(num_blocks, caching)
     scheduler = Scheduler(pool, block_size, max_num_seqs, max_batched, watermark)
     model = FakeModel(num_blocks, block_size, max_num_seqs)
     in_flight = None
-    timeline = []
-    for index, (prefix, length, max_tokens, priority, arrival, abort, salt) in enumerate(specs):
-        prompt = [(prefix * 3 + position) % 10 if position < 12 else index % 10 for position in range(length)]
-        params = SamplingParams(max_tokens=min(max_tokens, MAX_MODEL_LEN - length))
-        source = EngineRequest(
-            request_id=str(index), prompt_token_ids=prompt, params=params, priority=priority, cache_salt=salt
-        )
-        timeline.append((arrival, abort, Request(source, (EOS,), MAX_MODEL_LEN)))
+    timeline = make_timeline(specs)
     live: list[Request] = []
     everyone = [request for _, _, request in timeline]
     known_keys: set[bytes] = set()
@@ -168,9 +182,13 @@ def test_random_traces(
         assert sum(step.num_new_tokens) <= max_batched
         assert all(count >= 1 for count in step.num_new_tokens)
         assert len(set(map(id, step.requests))) == len(step.requests)
-        launched = (step, model.launch(step)) if step.requests else None
-        if overlap:
-            launched, in_flight = in_flight, launched
+        if now in failing:
+            fail_launch(scheduler, step, in_flight)
+            launched = in_flight = None
+        else:
+            launched = (step, model.launch(step)) if step.requests else None
+            if overlap:
+                launched, in_flight = in_flight, launched
         if launched:
             scheduler.update(*launched)
         live = [request for request in live if request.finish_reason is None]
