@@ -115,7 +115,7 @@ def _plot(panel: dict[str, Any], lines: list[tuple[str, list[list[Any]]]], end_s
                 bottom |= {moment: value for (moment, _), value in zip(known, high, strict=True)}
         axes.set_xlabel("minutes")
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=7, loc="upper left")
+        figure.legend(fontsize=7, loc="outside lower center", ncols=4)
     axes.set_ylabel(panel["fieldConfig"]["defaults"]["unit"])
     axes.grid(alpha=0.3)
     image = io.BytesIO()

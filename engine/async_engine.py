@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 
+from engine.block_residency import BlockResidency
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, RequestError
 from engine.grammar import GrammarState
@@ -175,6 +176,11 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Load and totals, at most one step old."""
         return self._engine.stats()
+
+    @property
+    def block_residency(self) -> BlockResidency:
+        """How long KV blocks keep their content."""
+        return self._engine.block_residency
 
     def check_health(self) -> None:
         """Raise EngineDeadError unless the engine runs, and its last step has returned or began lately enough."""

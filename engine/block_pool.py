@@ -12,6 +12,8 @@ from hashlib import blake2b
 
 import numpy as np
 
+from engine.block_residency import SAMPLE_EVERY, BlockResidency
+
 KEY_BYTES = 16
 
 
@@ -51,6 +53,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, enable_prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
         self.enable_prefix_caching = enable_prefix_caching
+        self.residency = BlockResidency()
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._ref_counts = [0] * num_blocks
@@ -111,6 +114,8 @@ class BlockPool:
         for block in blocks:
             if self._ref_counts[block] == 0:
                 del self._cached[block]
+                if block % SAMPLE_EVERY == 0:
+                    self.residency.reused(block)
             self._ref_counts[block] += 1
 
     def allocate(self, count: int) -> list[int]:
@@ -124,6 +129,10 @@ class BlockPool:
             else:
                 block, _ = self._cached.popitem(last=False)
                 self._forget(block)
+                if block % SAMPLE_EVERY == 0:
+                    self.residency.evicted(block)
+            if block % SAMPLE_EVERY == 0:
+                self.residency.taken(block)
             self._ref_counts[block] = 1
             blocks.append(block)
         return blocks
@@ -135,8 +144,12 @@ class BlockPool:
             if self._ref_counts[block] == 0:
                 if self._key_of[block] is None:
                     self._free.append(block)
+                    if block % SAMPLE_EVERY == 0:
+                        self.residency.freed(block)
                 else:
                     self._cached[block] = None
+                    if block % SAMPLE_EVERY == 0:
+                        self.residency.idle(block)
 
     def discard(self, blocks: Sequence[int]) -> list[int]:
         """Like `release`, for blocks whose content may be bad: those without another owner cannot be found any more.

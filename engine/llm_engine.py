@@ -9,6 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from engine.block_pool import BlockPool
+from engine.block_residency import BlockResidency
 from engine.config import EngineConfig
 from engine.device import is_out_of_memory
 from engine.errors import QueueFullError, RequestError
@@ -257,6 +258,11 @@ class LLMEngine:
             wait_s=stages.wait,
             update_s=stages.update,
         )
+
+    @property
+    def block_residency(self) -> BlockResidency:
+        """How long KV blocks keep their content. Safe to read from any thread."""
+        return self._pool.residency
 
     def take_block_events(self) -> tuple[list[bytes], list[bytes]]:
         """Keys of KV blocks that the prefix cache stored and evicted since the last call: net, no key is in both.

@@ -54,7 +54,7 @@ class EngineReplica:
         self._decoder = msgspec.msgpack.Decoder(EngineRequest)
         self._encoder = msgspec.msgpack.Encoder()
         self._load = LoadReport(config.max_num_seqs)
-        self._registry = replica_registry(config, self._engine.stats)
+        self._registry = replica_registry(config, self._engine.stats, self._engine.block_residency)
         self._model_name = model_name
         labels = {"model_name": model_name, "replica": process_id()}
         self._exporting = asyncio.create_task(RayExport(self._registry, labels).run())

@@ -1,7 +1,7 @@
 """The dashboard of the engines: batch, KV cache, steps."""
 
 from cluster.grafana.build import Panel, Row
-from cluster.grafana.promql import rate, ratio, selected, total
+from cluster.grafana.promql import quantile, quantiles, rate, ratio, selected, total
 
 STEP = rate("engine_steps_total")
 _BATCH = Row(
@@ -81,6 +81,23 @@ _CACHE = Row(
                 "cached": rate("prefix_cache_hits_total"),
             },
             stacked=True,
+        ),
+        Panel(
+            "Idle blocks",
+            "How long cached content that nobody owns waits: until it is given up, or until it is wanted again. Where "
+            "the first is shorter than the second, more memory would give more hits.",
+            "s",
+            {
+                "given up: p50": quantile("kv_block_idle_before_evict_seconds", 0.5),
+                "wanted again: p50": quantile("kv_block_reuse_gap_seconds", 0.5),
+                "wanted again: p90": quantile("kv_block_reuse_gap_seconds", 0.9),
+            },
+        ),
+        Panel(
+            "Lifetime of blocks",
+            "From being taken to being given to another request.",
+            "s",
+            quantiles("kv_block_lifetime_seconds", 0.5, 0.9),
         ),
         Panel(
             "Preemptions",

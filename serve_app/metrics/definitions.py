@@ -6,6 +6,8 @@ No colons in names: clients that speak OpenMetrics turn those of samples into un
 from dataclasses import dataclass
 from enum import StrEnum
 
+from engine.block_residency import BOUNDS_S
+
 PREFIX = "qwen3_"
 
 
@@ -62,8 +64,6 @@ COUNT_BUCKETS = (
     1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000,
 )  # fmt: skip
 N_BUCKETS = (1, 2, 5, 10, 20)
-BLOCK_BUCKETS = (.001, .01, .1, .5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600)  # fmt: skip
-"""Seconds in a KV block's life."""
 
 _C, _G, _H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 _INGRESS, _REPLICA, _CONTROLLER = Process.INGRESS, Process.REPLICA, Process.CONTROLLER
@@ -233,6 +233,18 @@ _ALL = (
     ),
     Definition("prefix_cache_queries_total", _C, _REPLICA, "Prompt tokens looked up in the prefix cache."),
     Definition("prefix_cache_hits_total", _C, _REPLICA, "Prompt tokens that the prefix cache had."),
+    Definition(
+        "kv_block_lifetime_seconds", _H, _REPLICA, "Of one KV block in eight: from being taken by a request to having "
+        "nothing of use in it, or another's content.", buckets=BOUNDS_S,
+    ),
+    Definition(
+        "kv_block_idle_before_evict_seconds", _H, _REPLICA, "Of one in eight, when its content is given up: since "
+        "nobody owned it.", buckets=BOUNDS_S,
+    ),
+    Definition(
+        "kv_block_reuse_gap_seconds", _H, _REPLICA, "Of one in eight, when a request takes up its content again: since "
+        "nobody owned it.", buckets=BOUNDS_S,
+    ),
     # The engine: speculation.
     Definition("spec_decode_num_draft_tokens_total", _C, _REPLICA, "Tokens guessed and verified."),
     Definition("spec_decode_num_accepted_tokens_total", _C, _REPLICA, "Guessed tokens that were right."),

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import Metric
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.block_residency import BlockResidency, Durations
 from engine.config import EngineConfig
 from engine.stats import EngineStats, WaitingFor
+from serve_app.metrics.definitions import DEFINITIONS
 from serve_app.metrics.process import family_of, gauge
 
 
@@ -16,10 +18,12 @@ class EngineCollector(Collector):
 
     Args:
         stats: reads them.
+        residency: of the KV blocks.
     """
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], residency: BlockResidency) -> None:
         self._stats = stats
+        self._residency = residency
 
     def collect(self) -> Iterable[Metric]:
         stats = self._stats()
@@ -46,18 +50,32 @@ class EngineCollector(Collector):
         yield family_of("prefix_cache_hits_total", stats.num_cached_prompt_tokens)
         yield family_of("spec_decode_num_draft_tokens_total", stats.num_guessed_tokens)
         yield family_of("spec_decode_num_accepted_tokens_total", stats.num_right_guesses)
+        yield _durations("kv_block_lifetime_seconds", self._residency.lifetime)
+        yield _durations("kv_block_idle_before_evict_seconds", self._residency.idle_before_evict)
+        yield _durations("kv_block_reuse_gap_seconds", self._residency.reuse_gap)
 
 
-def replica_registry(config: EngineConfig, stats: Callable[[], EngineStats]) -> CollectorRegistry:
+def replica_registry(
+    config: EngineConfig, stats: Callable[[], EngineStats], residency: BlockResidency
+) -> CollectorRegistry:
     """The metrics of one engine replica.
 
     Args:
         config: the engine's.
         stats: reads its counters.
+        residency: of its KV blocks.
     """
     registry = CollectorRegistry()
-    registry.register(EngineCollector(stats))
+    registry.register(EngineCollector(stats, residency))
     cache = gauge(registry, "cache_config_info")
     num_blocks, caches = stats().num_blocks, config.enable_prefix_caching
     cache.labels(str(config.block_size), str(num_blocks), str(caches).lower()).set(1)
     return registry
+
+
+def _durations(name: str, durations: Durations) -> Metric:
+    """A histogram that is kept elsewhere."""
+    definition = DEFINITIONS[name]
+    ends = [*(str(bound) for bound in definition.buckets), "+Inf"]
+    buckets = list(zip(ends, durations.cumulated(), strict=True))
+    return HistogramMetricFamily(definition.full_name, definition.help, buckets, durations.total_s)

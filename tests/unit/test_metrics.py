@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.autoscaling_metrics import AutoscalerMetrics
 from cluster.grafana.__main__ import FOLDER, dashboards, text
+from engine.block_residency import BlockResidency
 from engine.request import EngineRequest, RequestTimings, SamplingParams
 from engine.stats import EngineStats
 from serve_app.admission_queue import AdmissionQueue
@@ -227,7 +228,7 @@ def snapshots() -> list[tuple[float, Snapshot]]:
         metrics.requests.labels(ROUTE, "ok").inc(3)
         metrics.ttft.observe(0.05)
         ingresses.append(Snapshot("ingress", name, "demo", samples_of(metrics.registry)))
-    replica = replica_registry(ServiceConfig().engine, lambda: engine_stats(num_owned_blocks=4))
+    replica = replica_registry(ServiceConfig().engine, lambda: engine_stats(num_owned_blocks=4), BlockResidency())
     return [(0.0, ingresses[0]), (7.5, ingresses[1]), (0.0, Snapshot("replica", "r", "demo", samples_of(replica)))]
 
 
@@ -274,7 +275,9 @@ def test_every_metric_that_is_defined_is_measured():
         Process.REPLICA: {
             sample.metric
             for sample in samples_of(
-                replica_registry(ServiceConfig().engine, lambda: engine_stats(num_finished={"stop": 1}))
+                replica_registry(
+                    ServiceConfig().engine, lambda: engine_stats(num_finished={"stop": 1}), BlockResidency()
+                )
             )
         },
         Process.CONTROLLER: {sample.metric for sample in samples_of(AutoscalerMetrics(("room",)).registry)},
