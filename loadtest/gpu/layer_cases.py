@@ -20,6 +20,8 @@ from kernels.quantize_weights import (
 )
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.sample import sample_tokens, sample_tokens_reference
+from kernels.sample_logprobs import token_logprobs, token_logprobs_reference
+from kernels.sample_penalties import penalize, penalize_reference
 from kernels.scaled_mm_fp8 import scaled_mm_fp8
 from kernels.silu_and_mul import silu_and_mul
 from kernels.weight_only_mm import weight_only_mm
@@ -144,7 +146,38 @@ def sample_cases(sizes: Sizes, device: str) -> list[Case]:
                 tolerance=0.0,
             )
         )
-    return cases
+    token_ids = torch.randint(sizes.vocab, (len(logits),), device=device)
+    cases.append(
+        Case(
+            f"token_logprobs {len(logits)} x {sizes.vocab}",
+            lambda: token_logprobs(logits, token_ids, sizes.vocab).logprobs,
+            lambda: token_logprobs_reference(logits, token_ids, sizes.vocab).logprobs,
+            logits.numel() * 2,
+        )
+    )
+    return [*cases, _penalty_case(sizes, device)]
+
+
+def _penalty_case(sizes: Sizes, device: str) -> Case:
+    """All rows have penalties, on as many tokens as decoding requests have."""
+    logits = randn(sizes.tokens[0], sizes.vocab, device=device).float()
+    num_rows, length = len(logits), min(1024, sizes.vocab)
+    history = torch.randint(sizes.vocab, (num_rows, length), dtype=torch.int32, device=device)
+    rows = torch.arange(num_rows, device=device)[:, None]
+    lengths = torch.full_like(rows, length)
+    factors = torch.tensor([[1.1, 0.5, 0.2]], device=device).repeat(num_rows, 1)
+
+    def edited(function: Callable[..., None], own: Tensor) -> Tensor:
+        function(own, rows, history, lengths, lengths // 2, factors)
+        return own
+
+    return Case(
+        f"penalize {num_rows} x {length} tokens",
+        lambda: edited(penalize, logits),
+        lambda: edited(penalize_reference, logits.clone()),
+        num_rows * (length * 2 * 4 + length * 2 * 4 + sizes.vocab * 4),  # ids twice, logits, and the notes are cleared
+        checked=lambda: edited(penalize, logits.clone()),
+    )
 
 
 def product_cases(sizes: Sizes, device: str, has_fp8: bool) -> list[Case]:
