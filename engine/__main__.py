@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     from engine.llm import LLM
 
     try:
-        llm = LLM(options.model)
+        llm = LLM(options.model, tensor_parallel_size=options.tensor_parallel_size)
         if options.command == "perplexity":
             _perplexity(llm, options.file)
             return 0
@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("model", help="demo, a checkpoint folder, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B")
     model.add_argument("--verbose", action="store_true", help="log what the engine does")
+    model.add_argument(
+        "--tensor-parallel-size", type=int, default=1, help="GPUs that hold the model together (default: 1)"
+    )
     shared = argparse.ArgumentParser(add_help=False, parents=[model])
     shared.add_argument("--max-tokens", type=int, help="most tokens to generate (default: 256, in a chat: no limit)")
     shared.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")

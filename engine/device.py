@@ -4,7 +4,7 @@ import psutil
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError
 from engine.model_config import ModelConfig
 
 HOST_KV_SHARE = 0.25
@@ -65,4 +65,6 @@ def kv_cache_bytes(config: EngineConfig, device: torch.device) -> int:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an operation failed for want of memory alone: what was computed before it is as good as ever."""
+    if isinstance(error, EngineError):  # of several ranks, none goes on when one has failed, whatever the reason
+        return False
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 import threading
 import traceback
@@ -79,6 +80,7 @@ def run_rank(folder: Path, rank: int, device_index: int) -> None:
     threading.Thread(target=_end_in_time, args=(inbox, done), name="end", daemon=True).start()
     follow(inbox, folder, rank, device_index)
     done.set()
+    shutil.rmtree(folder, ignore_errors=True)  # the first rank may have been killed
 
 
 def follow(inbox: Inbox, folder: Path, rank: int, device_index: int) -> None:
