@@ -37,7 +37,7 @@ LINGER_S = 5.0
 MOST_ATTEMPTS = 3
 """For one request."""
 MOST_DEATHS = 2
-"""A request that so many replicas died with may be what they died of."""
+"""A request that so many replicas died with, before they made a token of it, may be what they died of."""
 RESUME_TIMEOUT_S = 120.0
 """How long a request that has begun waits for another replica: as long as one takes to start."""
 RESUME_RETRY_S = 0.5
@@ -144,7 +144,7 @@ class EngineClient:
             async for encoded in responses:
                 result = self._decoder.decode(encoded)
                 if result.output is not None:
-                    attempt.put_whole(result.output)
+                    self.fleet.put_result(attempt, result.output)
                 elif result.refusal is not None:
                     attempt.fail(_as_failure(result.refusal))
             attempt.lose(Loss.DIED)  # does nothing where there was a result
@@ -203,7 +203,7 @@ class _Course:
     def goes_on(self, attempt: ReplicaAttempt, loss: Loss) -> bool:
         """Note that an attempt has lost its replica. Returns whether there may be another one."""
         self._num_attempts += 1
-        self._num_deaths += loss is not Loss.SILENT
+        self._num_deaths += loss is not Loss.SILENT and attempt.num_received == 0
         self._deadline_s = time.monotonic() + (RESUME_TIMEOUT_S if self._output_ids else ROUTING_TIMEOUT_S)
         if attempt.replica_id is not None:
             self._avoid[attempt.replica_id] = time.monotonic()

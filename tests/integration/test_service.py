@@ -14,8 +14,9 @@ import httpx
 import pytest
 from openai import AuthenticationError, OpenAI
 
+from cluster.prometheus.server import Prometheus
 from tests.integration.conftest import ENGINE
-from tests.integration.server import SERVE_RUN, START_TIMEOUT_S, Server
+from tests.integration.server import SERVE_RUN, START_TIMEOUT_S, Server, free_ports
 
 SECRET = "xyzzy plugh"
 KEY = "sesame"
@@ -116,6 +117,30 @@ def test_only_the_owner_of_a_key_comes_in(plain: Server):
         assert [model.id for model in owner.models.list()] == ["demo"]
 
 
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not on PATH")
+def test_prometheus_comes_in_with_a_key_and_sees_what_the_key_used(plain: Server, tmp_path: Path):
+    body = {"model": "demo", "prompt": "Hello", "max_tokens": 5, "ignore_eos": True}
+    assert httpx.get(f"{plain.url}/metrics").status_code == 401
+    [port] = free_ports(1)
+    with Prometheus(tmp_path, port, plain.url.removeprefix("http://"), api_key=KEY) as prometheus:
+        before = used_tokens(prometheus)
+        httpx.post(f"{plain.url}/v1/completions", json=body, headers=OWNER, timeout=60).raise_for_status()
+        deadline = time.monotonic() + 30
+        while used_tokens(prometheus) != before + 5:
+            assert time.monotonic() < deadline, (before, used_tokens(prometheus))
+            time.sleep(0.2)
+    assert KEY not in (tmp_path / "prometheus.log").read_text()
+
+
+def used_tokens(prometheus: Prometheus) -> float:
+    """What the owner of the key has had generated, once Prometheus knows."""
+    deadline = time.monotonic() + 30
+    while not (found := prometheus.query('qwen3_key_tokens_total{key="owner", kind="generated"}')):
+        assert time.monotonic() < deadline, prometheus.query("up")
+        time.sleep(0.2)
+    return float(found[0]["value"][1])
+
+
 def test_sampling_is_the_configurations_where_it_says_and_else_the_models(plain: Server, http: httpx.Client):
     def defaults(found: httpx.Response) -> dict[str, float]:
         return found.json()["default_sampling_params"]
@@ -126,25 +151,24 @@ def test_sampling_is_the_configurations_where_it_says_and_else_the_models(plain:
 
 
 def test_a_replica_that_dies_is_replaced_and_nobody_waits_for_it_in_vain(plain: Server):
-    body = {"model": "demo", "prompt": "Hello", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    body = {"model": "demo", "prompt": "Hello", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{plain.url}/v1/completions", json=body, headers=OWNER, timeout=60) as stream:
         lines = stream.iter_lines()
         assert next(lines).startswith("data: {")
         [replica] = plain.processes_named("ServeReplica:qwen3:EngineReplica")
         os.kill(replica, signal.SIGKILL)
-        rest = [line for line in lines if line]
-    assert rest[-2] == "event: error" and "data: [DONE]" not in rest
-    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "service_unavailable"
-    deadline = time.monotonic() + START_TIMEOUT_S
-    short = body | {"stream": False, "max_tokens": 2}
-    while (
-        again := httpx.post(f"{plain.url}/v1/completions", json=short, headers=OWNER, timeout=60)
-    ).status_code != 200:
-        assert again.status_code == 503 and int(again.headers["retry-after"]) >= 1
-        assert again.json()["error"]["code"] == "service_unavailable"
-        assert httpx.get(f"{plain.url}/health", timeout=60).status_code in (200, 503)
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        short = body | {"stream": False, "max_tokens": 2}
+        while (
+            again := httpx.post(f"{plain.url}/v1/completions", json=short, headers=OWNER, timeout=60)
+        ).status_code != 200:
+            assert again.status_code == 503 and int(again.headers["retry-after"]) >= 1
+            assert again.json()["error"]["code"] == "service_unavailable"
+            assert httpx.get(f"{plain.url}/health", timeout=60).status_code in (200, 503)
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        rest = [line for line in lines if line]  # the stream has waited for the new replica
+    assert rest[-1] == "data: [DONE]" and "event: error" not in rest
 
 
 def test_ctrl_c_ends_all_of_it(plain: Server):
