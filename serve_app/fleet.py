@@ -223,9 +223,17 @@ class Fleet:
         for output in update.outputs:
             attempt = self.attempts.get(output.request_id)
             if attempt is not None and attempt.replica_id == replica_id:
-                if self.observer is not None and not attempt.num_received and output.token_ids:
-                    self.observer.first_token(attempt, output)
+                self._tell_first_token(attempt, output)
                 (attempt.put_whole if update.is_snapshot else attempt.put)(output)
+
+    def put_result(self, attempt: Attempt, output: RequestOutput) -> None:
+        """For EngineClient: all that an attempt produced, as its call returned it. It may overtake the stream."""
+        self._tell_first_token(attempt, output)
+        attempt.put_whole(output)
+
+    def _tell_first_token(self, attempt: Attempt, output: RequestOutput) -> None:
+        if self.observer is not None and not attempt.num_received and output.token_ids:
+            self.observer.first_token(attempt, output)
 
     def _follow(self, view: ReplicaView) -> None:
         if self._ingress_id is not None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import sqrt
 from statistics import median
 from typing import NamedTuple, Protocol
 from zlib import crc32
@@ -294,7 +295,8 @@ class Placement:
         in_use = 1 - (load.num_free_blocks - num_tokens / prompt.block_size) / load.num_blocks
         full_s = KV_S * in_use / (1 - (in_use if in_use < KV_FULL else KV_FULL))
         silent_s = now_s - state.updated_s - QUIET_S - 2 * step_s
-        rate = load.prefill_tokens_per_s or typical_rate
+        # Half-way to the others: it also depends on the prompts, as what remains of cached ones is computed piecemeal.
+        rate = sqrt((load.prefill_tokens_per_s or typical_rate) * typical_rate)
         wait_s = (num_tokens - uncached) / rate + full_s + (silent_s if silent_s > 0 else 0.0)
         return Candidate(replica_id, num_cached, wait_s, uncached / rate)
 

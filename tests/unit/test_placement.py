@@ -162,7 +162,7 @@ def test_a_faster_replica_gets_more():
         "fast": Replica(load(prefill_tokens_per_s=20_000.0)),
     }
     chosen = [place(placement, str(i), prompt(1000, 10_000 * i), **replicas) for i in range(50)]
-    assert chosen.count("fast") == pytest.approx(40, abs=3)
+    assert 33 <= chosen.count("fast") <= 43  # four fifths would be its share
 
 
 def test_a_replica_without_a_rate_is_taken_for_a_typical_one():

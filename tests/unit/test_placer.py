@@ -88,6 +88,18 @@ def test_prompt_logprobs_skip_the_cache():
     assert placer.counters.num_prompt_tokens == 3200 and placer.counters.num_predicted_cached_tokens == 0
 
 
+def test_a_result_that_overtakes_the_step_stream_is_a_first_token_too():
+    fleet = make_fleet(a=block_keys(PROMPT, BLOCK, ""))
+    placer = Placer(fleet, seed=0)
+    attempt = begin(fleet, "r")
+    rank(fleet, placer, attempt)
+    fleet.assign("r", "a")
+    output = RequestOutput("r", [1], finish_reason=FinishReason.LENGTH, num_cached_tokens=3184)
+    fleet.put_result(attempt, output)
+    fleet.apply("a", StepUpdate(1, [output], IDLE, [], []))
+    assert sum(placer.counters.by_reason.values()) == 1 and placer.counters.num_cached_tokens == 3184
+
+
 def test_without_prefix_caches_equal_prompts_do_not_stay_together():
     fleet = make_fleet(a=[], b=[])
     fleet.block_size = None
