@@ -1,6 +1,7 @@
 """Weights in a GGUF file, dequantized as they are read."""
 
 import math
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,16 @@ _IN_LAYER = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.gate",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+"""Tensors that hold a matrix of every expert."""
+MAX_EXPERTS = 1024
+_UNUSED = ("rope_freqs.weight",)
+"""What it says is in config.json: see gguf_folder."""
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """Types that need no dequantizing."""
 
@@ -58,15 +65,29 @@ class GgufCheckpoint:
         self._data = np.memmap(path, dtype=np.uint8, mode="c")  # torch has no read-only tensors
         self._found: dict[str, GgufTensor] = {}
         self.tensors: dict[str, TensorInfo] = {}
+        self._heads = _interleaved_heads(file)
         for gguf_name, tensor in file.tensors.items():
-            name = _name(path, gguf_name)
+            if gguf_name in _UNUSED:
+                continue
             self._check(gguf_name, tensor, file.num_bytes)
-            self._found[name] = tensor
-            self.tensors[name] = TensorInfo(path.name, tensor.shape, _PLAIN.get(tensor.type_id, dtype))
+            for name, part in _by_name(path, gguf_name, tensor):
+                self._found[name] = part
+                self.tensors[name] = TensorInfo(path.name, part.shape, _PLAIN.get(part.type_id, dtype))
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor on the CPU; plain types as a view into the mapped file."""
-        tensor = self._found[name]
+        values = self._read(self._found[name])
+        num_heads = self._heads.get(name.rpartition(".")[0].rpartition(".")[2])
+        if num_heads is None:
+            return values
+        if len(values) % (2 * num_heads):
+            raise CheckpointError(
+                f"{self._path}: tensor {shown(name)} has {len(values)} rows, expected a multiple of {2 * num_heads}"
+            )
+        # Pairs that are rotated together are neighbours there; here, one is half a head after the other.
+        return values.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+    def _read(self, tensor: GgufTensor) -> torch.Tensor:
         raw = self._data[tensor.offset : tensor.offset + _num_bytes(tensor)]
         plain = _PLAIN.get(tensor.type_id)
         if plain is not None:
@@ -103,6 +124,34 @@ class GgufCheckpoint:
             )
 
 
+def _interleaved_heads(file: GgufFile) -> dict[str, int]:
+    """Heads of the projections whose rows the file has in another order: those of Llama."""
+    if file.metadata.get("general.architecture") != "llama":
+        return {}
+    num_heads = file.metadata.get("llama.attention.head_count")
+    num_kv_heads = file.metadata.get("llama.attention.head_count_kv", num_heads)
+    if not all(type(count) is int and count > 0 for count in (num_heads, num_kv_heads)):
+        raise CheckpointError(f"{file.path}: llama.attention.head_count is missing or no number of heads")
+    return {"q_proj": num_heads, "k_proj": num_kv_heads}
+
+
+def _by_name(path: Path, gguf_name: str, tensor: GgufTensor) -> Iterator[tuple[str, GgufTensor]]:
+    """A tensor under its name, or the matrices of experts that lie in it, each under its own."""
+    parts = gguf_name.split(".")
+    if not (len(parts) == 4 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in _EXPERTS):
+        yield _name(path, gguf_name), tensor
+        return
+    if len(tensor.shape) != 3 or not 1 <= tensor.shape[0] <= MAX_EXPERTS:
+        raise CheckpointError(
+            f"{path}: tensor {shown(gguf_name)} has shape {list(tensor.shape)}, expected [experts, outputs, inputs] of "
+            f"at most {MAX_EXPERTS} experts"
+        )
+    one = tensor._replace(shape=tensor.shape[1:])
+    for expert in range(tensor.shape[0]):
+        name = f"model.layers.{int(parts[1])}.mlp.experts.{expert}.{_EXPERTS[parts[2]]}.{parts[3]}"
+        yield name, one._replace(offset=tensor.offset + expert * _num_bytes(one))
+
+
 def _name(path: Path, gguf_name: str) -> str:
     """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`."""
     parts = gguf_name.split(".")
@@ -110,7 +159,7 @@ def _name(path: Path, gguf_name: str) -> str:
         return f"{_TOP_LEVEL[parts[0]]}.{parts[1]}"
     if len(parts) == 4 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in _IN_LAYER:
         return f"model.layers.{int(parts[1])}.{_IN_LAYER[parts[2]]}.{parts[3]}"
-    raise CheckpointError(f"{path}: tensor {shown(gguf_name)} has no place in a Qwen3 model")
+    raise CheckpointError(f"{path}: tensor {shown(gguf_name)} has no place in a model of a supported architecture")
 
 
 @cache

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from engine.errors import CheckpointError
@@ -22,10 +23,19 @@ from kernels.cache_folder import cache_folder
 
 FORMAT_VERSION = 1
 """Changes when the files written here do."""
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""How all Llama 3.1 to 3.3 stretch their rotary embedding, but for the factor."""
 SPLIT_PATTERNS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+",
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 """How text is cut into words before they are cut into tokens, by `tokenizer.ggml.pre`."""
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
@@ -71,9 +81,10 @@ def _write_all(file: GgufFile, folder: Path) -> None:
         )
     tokens = metadata.get("tokenizer.ggml.tokens", list)
     eos = metadata.find("tokenizer.ggml.eos_token_id", int)
-    _write(
-        folder, "config.json", _config(metadata, architecture, len(tokens), is_tied="output.weight" not in file.tensors)
-    )
+    config = _config(metadata, architecture, len(tokens), is_tied="output.weight" not in file.tensors)
+    if "rope_freqs.weight" in file.tensors:
+        config["rope_scaling"] = _llama3_scaling(file, config)
+    _write(folder, "config.json", config)
     _write(folder, "generation_config.json", {} if eos is None else {"eos_token_id": eos})
     _write(folder, "tokenizer_config.json", _tokenizer_config(metadata, tokens))
     _tokenizer(metadata, tokens).save(str(folder / "tokenizer.json"))
@@ -99,6 +110,13 @@ def _config(metadata: "_Metadata", architecture: str, vocab_size: int, is_tied: 
         "rope_theta": metadata.find(f"{architecture}.rope.freq_base", float) or 10_000.0,
         "tie_word_embeddings": is_tied,
     }
+    if architecture == "qwen3moe":
+        config |= {
+            "num_experts": required("expert_count", int),
+            "num_experts_per_tok": required("expert_used_count", int),
+            "moe_intermediate_size": required("expert_feed_forward_length", int),
+            "norm_topk_prob": True,  # of all models of this architecture
+        }
     head_dim = metadata.find(f"{architecture}.attention.key_length", int)
     if head_dim is not None:
         config["head_dim"] = head_dim
@@ -112,6 +130,26 @@ def _config(metadata: "_Metadata", architecture: str, vocab_size: int, is_tied: 
             ),
         }
     return config
+
+
+def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """What the divisors of frequencies in a file say: they are Llama 3's, with a factor that the largest one is."""
+    tensor = file.tensors["rope_freqs.weight"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    end = tensor.offset + 2 * head_dim
+    if tensor.type_id != 0 or tensor.shape != (head_dim // 2,) or end > file.num_bytes:
+        raise CheckpointError(f"{file.path}: rope_freqs.weight is {tensor.shape}, expected {head_dim // 2} of float32")
+    found = np.fromfile(file.path, np.dtype("<f4"), count=head_dim // 2, offset=tensor.offset)
+    factor = float(found.max())
+    frequencies = config["rope_theta"] ** -(np.arange(head_dim // 2) * 2 / head_dim)
+    turns = LLAMA3["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clip(0, 1)
+    if not (factor >= 1 and np.allclose(found, 1 / ((1 - kept) / factor + kept), rtol=1e-3)):
+        raise CheckpointError(
+            f"{file.path}: rope_freqs.weight is not as in Llama 3, expected its scaling of frequencies"
+        )
+    return LLAMA3 | {"rope_type": "llama3", "factor": factor}
 
 
 def _tokenizer_config(metadata: "_Metadata", tokens: list[str]) -> dict[str, Any]:
@@ -142,10 +180,11 @@ def _tokenizer(metadata: "_Metadata", tokens: list[str]) -> Tokenizer:
         raise CheckpointError(f"{metadata.path}: {len(tokens)} tokens and {len(kinds)} token types: damaged")
     vocabulary = {token: index for index, token in enumerate(tokens) if kinds[index] != _UNUSED}
     try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
     except Exception as error:
         raise CheckpointError(f"{metadata.path}: tokenizer: {' '.join(str(error).split())[:300]}") from None
-    tokenizer.normalizer = normalizers.NFC()
+    if split == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT_PATTERNS[split]), "isolated"),
@@ -155,7 +194,8 @@ def _tokenizer(metadata: "_Metadata", tokens: list[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     for kind, add in _ADDED.items():
         add(tokenizer, [token for index, token in enumerate(tokens) if kinds[index] == kind])
-    if metadata.find("tokenizer.ggml.add_bos_token", bool):
+    adds_bos = metadata.find("tokenizer.ggml.add_bos_token", bool)
+    if adds_bos or (adds_bos is None and split == "llama-bpe"):
         bos = metadata.get("tokenizer.ggml.bos_token_id", int)
         text = _token(metadata, tokens, bos)
         tokenizer.post_processor = processors.TemplateProcessing(single=[text, "$A"], special_tokens=[(text, bos)])
