@@ -25,9 +25,9 @@ REQUESTS_PER_REPLICA = 2
 REQUEST_TOKENS = 32
 """What starting a request costs beside its prompt, in prompt tokens."""
 FIRST_TOKENS_PER_S = 500.0
-"""Taken for the drain rate until it is measured. Low, as it rises with the first requests and falls with none."""
+"""Taken for the drain rate until it is measured. Low, as what waits here meanwhile is not lost."""
 RATE_MEMORY_S = 5.0
-"""Seconds with requests waiting over which the drain rate is averaged."""
+"""Seconds over which the drain rate is averaged."""
 
 
 class _State(Enum):
@@ -53,6 +53,9 @@ class Entry:
     arrival_s: float = 0.0
     """When it first came, if it was refused and is back."""
     queued_s: float = 0.0
+    sent_s: float = 0.0
+    tokens_ahead: int | None = None
+    """Of those sent before that still waited then, and its own; None if there was no replica: it waited for one."""
     state: _State = _State.QUEUED
 
     @property
@@ -62,28 +65,27 @@ class Entry:
 
 
 class DrainRate:
-    """Prompt tokens per second that get their first token, while any wait for it; what waits, over it, is the wait."""
+    """Prompt tokens per second that the replicas take up: what was ahead of requests, over the time that it took.
+
+    Summed, so that requests weigh as long as they waited: what many wait for tells the rate, and a single one on idle
+    replicas little, whatever limits them: prompts, seats in the batch, or KV blocks.
+    """
 
     def __init__(self) -> None:
         self._tokens = FIRST_TOKENS_PER_S
         self._waited_s = 1.0
         self._updated_s = -math.inf
 
-    def elapse(self, now_s: float, is_waited: bool) -> None:
-        """The time since the last call counts if something waited."""
-        if is_waited and now_s > self._updated_s > -math.inf:
-            decay = math.exp((self._updated_s - now_s) / RATE_MEMORY_S)
-            self._tokens *= decay
-            self._waited_s = self._waited_s * decay + (1 - decay) * RATE_MEMORY_S
+    def add(self, tokens: int, waited_s: float, now_s: float) -> None:
+        """A request got its first token: so many were ahead of it when it was sent, with its own, so long ago."""
+        decay = math.exp((self._updated_s - now_s) / RATE_MEMORY_S) if self._updated_s > -math.inf else 1.0
+        self._tokens = self._tokens * decay + tokens
+        self._waited_s = self._waited_s * decay + waited_s
         self._updated_s = now_s
-
-    def add(self, tokens: int) -> None:
-        """So many got their first token."""
-        self._tokens += tokens
 
     @property
     def per_s(self) -> float:
-        return max(1.0, self._tokens / self._waited_s)
+        return max(1.0, self._tokens / max(self._waited_s, 1e-6))
 
 
 class AdmissionQueue:
@@ -147,7 +149,6 @@ class AdmissionQueue:
         Returns:
             Requests to be sent; those refused, each with the seconds after which to come back.
         """
-        self.rate.elapse(now_s, bool(loads) and self.num_sent > 0)
         sent = []
         while self._queues and self._may_send(entry := self._first(), loads):
             self._unqueue(entry)
@@ -156,6 +157,8 @@ class AdmissionQueue:
             entry.state = _State.SENT
             self.num_sent += 1
             self.sent_tokens += entry.tokens
+            entry.sent_s = now_s
+            entry.tokens_ahead = self.sent_tokens if loads else None
             sent.append(entry)
         refused = []
         while self._by_age and now_s - (entry := next(iter(self._by_age))).queued_s >= self._in_queue_s:
@@ -168,8 +171,8 @@ class AdmissionQueue:
     def started(self, entry: Entry, now_s: float) -> None:
         """A request that was sent has its first token."""
         if entry.state is _State.SENT:
-            self.rate.elapse(now_s, True)
-            self.rate.add(entry.tokens)
+            if entry.tokens_ahead is not None:
+                self.rate.add(entry.tokens_ahead, now_s - entry.sent_s, now_s)
             self._leave_replicas(entry)
             entry.state = _State.STARTED
 

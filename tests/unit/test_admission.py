@@ -130,22 +130,28 @@ def test_what_all_ingresses_sent_counts_as_the_replicas_tell_it():
         assert (len(sent) > REQUESTS_PER_REPLICA * len(loads)) == is_sent
 
 
-def test_the_drain_rate_is_what_gets_its_first_token_while_something_waits():
-    queue = AdmissionQueue(AdmissionConfig(), TTFT_S)
-    now_s = 0.0
+def serve(
+    queue: AdmissionQueue, now_s: float, num_requests: int, tokens_per_s: float, loads: list[ReplicaLoad]
+) -> float:
+    """Send requests at once, and let them have their first tokens one after the other. Returns the time after that."""
+    for _ in range(num_requests):
+        queue.offer(entry(tokens=100), now_s)
+    sent, _ = queue.step(now_s, loads)
+    for each in sent:
+        now_s += each.tokens / tokens_per_s
+        queue.started(each, now_s)
+    return now_s
+
+
+def test_the_drain_rate_is_what_was_ahead_over_the_time_that_it_took():
+    queue, now_s = AdmissionQueue(AdmissionConfig(), TTFT_S), 0.0
     for _ in range(100):
-        queue.offer(each := entry(tokens=300), now_s)
-        queue.step(now_s, [IDLE])
-        queue.started(each, now_s + 0.1)
-        now_s += 10  # in which nothing waits
-    assert queue.rate.per_s == pytest.approx(3000, rel=0.05)
-    queue.offer(entry(), now_s)
-    queue.step(now_s, [IDLE])
-    queue.step(now_s + 20, [])  # none of the replicas is there: nothing is learnt about them
-    assert queue.rate.per_s == pytest.approx(3000, rel=0.05)
-    queue.step(now_s + 21, [IDLE])
-    queue.step(now_s + 41, [IDLE])
-    assert queue.rate.per_s < 100
+        now_s = serve(queue, now_s, 1, 5000, [IDLE]) + 0.1
+    assert queue.rate.per_s == pytest.approx(5000, rel=0.15)
+    now_s = serve(queue, now_s, 1, 3, []) + 0.1  # nothing is learnt about replicas while there is none
+    assert queue.rate.per_s == pytest.approx(5000, rel=0.15)
+    serve(queue, now_s, 20, 1000, [IDLE])  # one of many on its way tells more than a hundred that were alone
+    assert queue.rate.per_s == pytest.approx(1000, rel=0.2)
 
 
 Action = tuple[str, int, int]
@@ -202,7 +208,13 @@ class Outcome:
 
 
 def overload(
-    capacity: float, times: float, duration_s: float, obeys: bool, num_seats: int = 10**6, keys: str = "a"
+    capacity: float,
+    times: float,
+    duration_s: float,
+    obeys: bool,
+    num_seats: int = 10**6,
+    keys: str = "a",
+    num_quick: int = 0,
 ) -> Outcome:
     """Requests of a few hundred tokens come at random at a multiple of what one replica can do.
 
@@ -213,8 +225,11 @@ def overload(
         obeys: whether those refused come back when they are told to.
         num_seats: so many run at once, for half a second each.
         keys: whose requests they are, at random.
+        num_quick: so many came before, one after the other, and had their first tokens at once.
     """
     chance, queue, found = random.Random(0), AdmissionQueue(AdmissionConfig(), TTFT_S), Outcome()
+    for number in range(-num_quick, 0):
+        serve(queue, number / 100, 1, 50_000, [IDLE])
     coming: list[tuple[float, int, Entry, bool]] = []
     came_s = 0.0
     while came_s < duration_s:
@@ -267,6 +282,12 @@ def test_three_times_what_the_replicas_can_do(num_seats: int, obeys: bool):
     if obeys:
         assert found.num_returned_served >= 50
         assert found.num_returned_refused <= 0.05 * found.num_returned_served
+
+
+def test_overload_after_a_quiet_time():
+    """Alone, requests find a seat at once: that says nothing about how long many wait for one."""
+    found = overload(8000.0, 3.0, 5.0, obeys=False, num_seats=8, num_quick=2000)
+    assert max(found.waits_s) <= 1.25 * TTFT_S
 
 
 def test_under_overload_every_key_gets_its_share():
