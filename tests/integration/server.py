@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -42,6 +43,9 @@ class Server:
         log: all that it printed.
         config: its configuration file.
     """
+
+    source = CONFIG
+    """What its configuration is made from."""
 
     def __init__(
         self,
@@ -129,6 +133,18 @@ class Server:
                     continue
         return {(host, port) for host, port, inode in _listening_sockets() if f"socket:[{inode}]" in sockets}
 
+    def deploy(self, user_config: dict[str, Any]) -> None:
+        """Hand its configuration to the cluster again, with this for the ingress."""
+        values = yaml.safe_load(self.config.read_text())
+        values["applications"][0]["deployments"][0]["user_config"] = user_config
+        changed = self.config.with_name("changed.yaml")
+        changed.write_text(yaml.safe_dump(values))
+        dashboard = re.search(r"http://127\.0\.0\.1:\d+", self.log.read_text())
+        if dashboard is None:
+            raise RuntimeError("the log does not tell the dashboard's address")
+        command = [str(Path(sys.executable).with_name("serve")), "deploy", "--address", dashboard.group(), str(changed)]
+        subprocess.run(command, env=self.driver()[1], check=True, capture_output=True, timeout=START_TIMEOUT_S)
+
     def interrupt(self) -> bool:
         """Press Ctrl-C. Returns whether the command ended by itself, and with it all it had started."""
         if self._process is not None and self._process.poll() is None:
@@ -162,7 +178,7 @@ class Server:
         raise RuntimeError(f"not ready after {START_TIMEOUT_S:.0f} s:\n{self.log.read_text()[-4000:]}")
 
     def _configuration(self, engine: dict[str, Any], limits: dict[str, Any], service: dict[str, Any]) -> str:
-        values = yaml.safe_load(CONFIG.read_text())
+        values = yaml.safe_load(self.source.read_text())
         values["http_options"]["port"] = self._ports[0]
         args = values["applications"][0]["args"]
         args["engine"] |= engine

@@ -2,20 +2,16 @@
 
 import asyncio
 import itertools
-import shutil
-import tempfile
+import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.integration.server import MAKE_SERVE, Server
+from tests.integration.server import Server
 
-ENGINE = {"kv_cache_memory": "64MiB", "max_num_seqs": 4, "num_threads": 1}
 TTFT_S = 2.0
 """What is promised."""
 WARM_UP_S = 2.0
@@ -36,12 +32,16 @@ class Answer:
     error: Any = None
 
 
-@pytest.fixture(scope="module")
-def small() -> Iterator[Server]:
-    folder = Path(tempfile.mkdtemp(prefix="q3o-"))
-    with Server(folder, MAKE_SERVE, ENGINE, service={"slo": {"ttft_s": TTFT_S}}) as running:
-        yield running
-    shutil.rmtree(folder)
+@pytest.fixture
+def small(two_models: Server) -> Server:
+    """A service that promises that; four requests run at a time."""
+    two_models.deploy({"slo": {"ttft_s": TTFT_S}})
+    promised = re.compile(rf'slo_target_seconds\{{.*model_name="demo",objective="ttft"\}} {TTFT_S}\n')
+    deadline = time.monotonic() + 60
+    while not promised.search(httpx.get(f"{two_models.url}/metrics").text):
+        assert time.monotonic() < deadline, "the change has not arrived"
+        time.sleep(0.1)
+    return two_models
 
 
 def prompt() -> str:
