@@ -79,7 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("model", help="demo, a checkpoint folder, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B")
     model.add_argument("--verbose", action="store_true", help="log what the engine does")
     model.add_argument(
-        "--tensor-parallel-size", type=int, default=1, help="GPUs that hold the model together (default: 1)"
+        "--tensor-parallel-size",
+        type=int,
+        choices=range(1, 65),
+        default=1,
+        metavar="N",
+        help="GPUs that hold the model together (default: 1)",
     )
     shared = argparse.ArgumentParser(add_help=False, parents=[model])
     shared.add_argument("--max-tokens", type=int, help="most tokens to generate (default: 256, in a chat: no limit)")

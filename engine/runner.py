@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,41 +16,22 @@ from engine.kv_cache import KvCacheSpec, clear_blocks
 from engine.layers.rotary import build_cos_sin
 from engine.lora.device import DeviceAdapters
 from engine.model_config import ModelConfig
-from engine.models.registry import find_model
 from engine.outcome import LaunchedStep, PromptPart, StepResult
 from engine.parallel.group import ALONE, TensorParallel
-from engine.request import MAX_LOGPROBS, EngineRequest, Request, SamplingParams
+from engine.prompt_spans import PROMPT_LOGIT_ROWS, PromptSpan, prompt_spans
 from engine.sampling.batch import SampledTokens, SamplingBatch
 from engine.sampling.logprobs import gather_logprobs
 from engine.sampling.sampler import sample
 from engine.sampling.table import SamplingTable
 from engine.scheduler import Step
 from engine.staging import Staging
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.dummy_checkpoint import DummyCheckpoint
-from engine.weights.loader import load_weights
-from engine.weights.open_checkpoint import open_checkpoint
-from engine.weights.quantization import choose_quantization
-from engine.weights.quantized_checkpoint import quantize
+from engine.warm_up import LARGEST_SAMPLING, PLAIN_SAMPLING, WARM_UP_LENGTHS, dummy_step
+from engine.weights.load_model import load_model
 from kernels.backend import uses_triton
 from kernels.sample import sample_tokens
 
 STEP_TOKENS = {"cuda": 8192, "cpu": 256}
 """Most tokens in a step unless told otherwise. On a CPU more are no faster, and others wait as long as a step takes."""
-PROMPT_LOGIT_ROWS = 256
-"""Prompt positions whose logits exist at one time: a long prompt's [tokens, vocabulary] never does."""
-LARGEST_SAMPLING = SamplingParams(seed=0, top_p=0.9, presence_penalty=0.1, logprobs=MAX_LOGPROBS)
-"""What takes the sampler most memory."""
-WARM_UP_LENGTHS = (1, 2, 16, 128)
-"""Of new tokens in a request: attention has kernels for one, and for tiles of three sizes."""
-
-
-class PromptSpan(NamedTuple):
-    """Tokens of a prompt whose log-probabilities a step tells."""
-
-    request: Request
-    targets: np.ndarray
-    """int64, the tokens."""
 
 
 class ModelRunner:
@@ -89,17 +69,7 @@ class ModelRunner:
         self.backend = create_backend(
             own_heads, config.block_size, self._staging, self.dtype, cache_dtype, config.attention_backend
         )
-        with torch.device("meta"):
-            self.model = find_model(model_config.architectures)(model_config, self.backend, group)
-        checkpoint: Checkpoint = (
-            DummyCheckpoint(self.model, self.device, self.dtype)
-            if config.load_format == "dummy"
-            else open_checkpoint(path, self.dtype)
-        )
-        quantization = choose_quantization(config, model_config, self.device, self.dtype)
-        if quantization is not None:
-            checkpoint = quantize(self.model, checkpoint, quantization, self.device)
-        load_weights(self.model, checkpoint, self.device, self.dtype, config.show_progress)
+        self.model = load_model(config, model_config, path, self.device, self.dtype, self.backend, group)
         self.adapters: DeviceAdapters | None = None
         if config.max_loras:
             self.adapters = DeviceAdapters(
@@ -153,7 +123,7 @@ class ModelRunner:
         return launched.result()
 
     def _plan(self, step: Step) -> tuple[StepOrder, list[PromptSpan]]:
-        """What is to be done, on the host; and what each of the order's `prompt_rows` tells."""
+        """What is to be done, as all ranks hear of it; and which prompt tokens it tells about, for the first one."""
         for request in step.admitted:
             self._tables.admit(request)
             self._sampling.set_row(request.slot, request)
@@ -164,18 +134,13 @@ class ModelRunner:
         for request, guesses in step.guesses.items():
             self._tables.guess(request, guesses)
         batch = self._tables.build(step)
-        spans = [
-            span
-            for index, row in zip(batch.order.tolist(), batch.query_starts.tolist(), strict=True)
-            if step.requests[index].needs_prompt_logits
-            for span in _prompt_spans(step.requests[index], step.starts[index], step.num_new_tokens[index], row)
-        ]
+        spans = prompt_spans(step, batch)
         by_graph = self.graphs is not None and batch.is_decode
         settings = self._sampling.plain_settings(batch.request_slots, batch.context_lens) if by_graph else None
-        order = StepOrder(self._tables.notes, batch, [rows for rows, _ in spans], by_graph, settings)
-        return order, [span for _, span in spans]
+        rows = [(span.start, span.stop) for span in spans]
+        return StepOrder(self._tables.notes, batch, rows, by_graph, settings), spans
 
-    def _run(self, order: StepOrder, prompts: Sequence[PromptSpan], before_masks: Callable[[], object]) -> LaunchedStep:
+    def _run(self, order: StepOrder, spans: Sequence[PromptSpan], before_masks: Callable[[], object]) -> LaunchedStep:
         self._tables.flush()
         if self.adapters is not None:
             self.adapters.flush()
@@ -186,10 +151,7 @@ class ModelRunner:
                 return LaunchedStep(*self._draw_any(batch, self.model.compute_logits(decoded.hidden), before_masks))
             return LaunchedStep(SampledTokens(decoded.token_ids, decoded.is_finite, None))
         hidden = self.model(self._to_device(batch))
-        parts = [
-            self._prompt_part(span, hidden[start:stop])
-            for (start, stop), span in zip(order.prompt_rows, prompts, strict=True)
-        ]
+        parts = [self._prompt_part(span, hidden[span.start : span.stop]) for span in spans]
         if not len(batch.sampling):
             return LaunchedStep(None, None, parts)
         logits = self.model.compute_logits(self._sampled_rows(batch, hidden))
@@ -335,35 +297,9 @@ class ModelRunner:
             num_requests, room, self.block_size, padding_block=num_requests * num_blocks, staging=self._staging
         )
         self._sampling = SamplingTable(num_requests, vocab_size, self.device)
-        self._run_dummies(num_requests, length, LARGEST_SAMPLING)
+        steps = [dummy_step(num_requests, length, self.block_size, LARGEST_SAMPLING)]
         for shorter in WARM_UP_LENGTHS if on_cuda else ():
-            self._run_dummies(1, min(shorter, room), SamplingParams(seed=0))
+            steps.append(dummy_step(1, min(shorter, room), self.block_size, PLAIN_SAMPLING))
+        for step in steps:
+            self._run(*self._plan(step), lambda: None).result()
         self._kv_caches = []
-
-    def _run_dummies(self, num_requests: int, length: int, params: SamplingParams) -> None:
-        """One step of whole prompts of a length, in blocks of their own."""
-        step = Step(starts=[0] * num_requests, num_new_tokens=[length] * num_requests)
-        num_blocks = -(-length // self.block_size)
-        for slot in range(num_requests):
-            source = EngineRequest(request_id="", prompt_token_ids=[0] * length, params=params)
-            request = Request(source, (), length + 1)
-            request.slot, request.block_table = slot, list(range(slot * num_blocks, (slot + 1) * num_blocks))
-            step.requests.append(request)
-            step.admitted.append(request)
-            step.sampling.append(slot)
-        self._run(*self._plan(step), lambda: None).result()
-
-
-def _prompt_spans(
-    request: Request, start: int, num_new_tokens: int, row: int
-) -> Iterator[tuple[tuple[int, int], PromptSpan]]:
-    """Rows that predict prompt tokens whose log-probabilities are not known yet, and these tokens.
-
-    Row `row + i` is the token at `start + i` and predicts the one after it.
-    """
-    first = max(start, len(request.prompt_logprobs or ()))
-    last = min(start + num_new_tokens, request.num_prompt_tokens - 1)
-    for position in range(first, last, PROMPT_LOGIT_ROWS):
-        end = min(position + PROMPT_LOGIT_ROWS, last)
-        targets = np.array(request.token_ids[position + 1 : end + 1])
-        yield (row + position - start, row + end - start), PromptSpan(request, targets)

@@ -18,7 +18,8 @@ from engine.errors import EngineError
 from engine.outcome import LaunchedStep
 from engine.parallel.group import RankGroup
 from engine.parallel.orders import RENDEZVOUS, ClearBlocks, Failure, Inbox, PromptLogits, Start, connect, hang_up
-from engine.runner import ModelRunner, PromptSpan
+from engine.prompt_spans import PromptSpan
+from engine.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Follower(ModelRunner):
                 for hidden in self._prompt_hidden(token_ids):
                     self.model.compute_logits(hidden)
 
-    def _run(self, order: StepOrder, prompts: Sequence[PromptSpan], before_masks: Callable[[], object]) -> LaunchedStep:
+    def _run(self, order: StepOrder, spans: Sequence[PromptSpan], before_masks: Callable[[], object]) -> LaunchedStep:
         self._tables.notes = order.notes
         self._tables.flush()
         batch = order.batch

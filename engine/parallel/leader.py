@@ -44,9 +44,9 @@ class Leader(ModelRunner):
     @torch.inference_mode()
     def launch(self, step: Step, before_masks: Callable[[], object] = lambda: None) -> LaunchedStep:
         with self._workers.guard():
-            order, prompts = self._plan(step)
+            order, spans = self._plan(step)
             self._workers.send(order)
-            return self._run(order, prompts, before_masks)
+            return self._run(order, spans, before_masks)
 
     def wait(self, launched: LaunchedStep) -> StepResult:
         with self._workers.guard():

@@ -15,7 +15,7 @@ import torch
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.runner import PROMPT_LOGIT_ROWS
+from engine.prompt_spans import PROMPT_LOGIT_ROWS
 from engine.tokenizer import Tokenizer
 from serve_app.config import Limits
 from serve_app.http import parse_body
