@@ -6,8 +6,10 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -74,11 +76,32 @@ def test_it_says_when_it_is_ready_and_where(server: Server):
 
 
 @pytest.fixture(scope="module")
-def plain() -> Iterator[Server]:
+def collector() -> Iterator[tuple[str, list[bytes]]]:
+    """Where spans are sent to, and what was sent."""
+    arrived: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            arrived.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", free_ports(1)[0]), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1/traces", arrived
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def plain(collector: tuple[str, list[bytes]]) -> Iterator[Server]:
     """`serve run` with no variables set: Ray Serve's own HTTP proxy. It wants a key, and has sampling of its own."""
     folder = Path(tempfile.mkdtemp(prefix="q3p-"))
     keys = [{"name": "owner", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]
     service = {"api_keys": keys, "default_sampling_params": {"temperature": 0.25}}
+    service |= {"tracing": {"otlp_endpoint": collector[0], "sample_ratio": 0}}
     with Server(folder, SERVE_RUN, ENGINE, service=service) as running:
         yield running
     shutil.rmtree(folder)
@@ -130,6 +153,21 @@ def test_prometheus_comes_in_with_a_key_and_sees_what_the_key_used(plain: Server
             assert time.monotonic() < deadline, (before, used_tokens(prometheus))
             time.sleep(0.2)
     assert KEY not in (tmp_path / "prometheus.log").read_text()
+
+
+def test_a_request_is_in_its_callers_trace(plain: Server, collector: tuple[str, list[bytes]]):
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = OWNER | {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
+    body = {"model": "demo", "prompt": SECRET, "max_tokens": 5, "ignore_eos": True}
+    answer = httpx.post(f"{plain.url}/v1/completions", json=body, headers=headers, timeout=60)
+    assert answer.headers["traceparent"].split("-")[1] == trace_id
+    deadline = time.monotonic() + 60
+    while not collector[1]:
+        assert time.monotonic() < deadline, "no spans came"
+        time.sleep(0.1)
+    sent = b"".join(collector[1])
+    assert sent.count(bytes.fromhex(trace_id)) == 4 and SECRET.encode() not in sent
+    assert all(name in sent for name in (b"POST /v1/completions", b"queue", b"prefill", b"decode"))
 
 
 def used_tokens(prometheus: Prometheus) -> float:
