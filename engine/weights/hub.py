@@ -1,6 +1,8 @@
 """From what the user calls a model to the folder that holds it."""
 
 import os
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from engine.errors import CheckpointError
@@ -10,6 +12,7 @@ from engine.weights.messages import shown
 _DEMO = Path(__file__).parent / "demo"
 
 _NEEDED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt")
+_NEEDED_WITHOUT_SAFETENSORS = "pytorch_model*.bin"
 # Sub-folders and `consolidated` files repeat the same weights in other formats.
 _NOT_NEEDED = ("*/*", "consolidated*.safetensors")
 
@@ -19,6 +22,8 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 
     Args:
         model: `demo` (comes with the package), a local directory or GGUF file, or a hub id such as `Qwen/Qwen3-0.6B`.
+            Of a repository with GGUF files, `owner/name:Q8_0` is the one whose name ends so; where there is but one and
+            nothing else, `owner/name` will do. Only the files that are needed are downloaded.
             Text that looks like a path (starts with `.`, `/` or `~`, ends with `.gguf`, or has not exactly one `/`) is
             never sent to the hub.
         revision: branch, tag or commit of a hub id.
@@ -64,18 +69,65 @@ def _local_directory(model: str) -> Path | None:
 
 
 def _download(model: str, revision: str | None) -> Path:
-    """Fetch what is missing of a hub repository into the hub's cache; an interrupted download is resumed."""
+    """Fetch what is missing of a hub repository into the hub's cache. A connection that breaks is taken up again where
+    it broke; a download that is started anew keeps the files that are complete."""
     from huggingface_hub import snapshot_download
 
+    repository, _, variant = model.partition(":")
     try:
-        folder = snapshot_download(
-            model, revision=revision, allow_patterns=list(_NEEDED), ignore_patterns=list(_NOT_NEEDED)
+        names = _names(repository, revision)
+        gguf = _gguf_among(names, model, variant)
+        needed = [*_NEEDED] if gguf is None else [gguf]
+        if gguf is None and not any(fnmatch(name, "*.safetensors") for name in names):
+            needed.append(_NEEDED_WITHOUT_SAFETENSORS)
+        folder = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=needed, ignore_patterns=list(_NOT_NEEDED))
         )
+    except CheckpointError:
+        raise
     except Exception as error:
         # The library lets errors of its HTTP, cache and transfer layers through; all of them mean "no model".
         what = f"model {shown(model)}" + (f" at revision {shown(revision)}" if revision is not None else "")
         raise CheckpointError(f"{what}: no such local directory, and {_advice(error)}") from error
-    return Path(folder)
+    return folder if gguf is None else gguf_folder(folder / gguf)
+
+
+def _names(repository: str, revision: str | None) -> list[str]:
+    """Files of a repository, without sub-folders, as the hub lists them; or last did, if it does not answer."""
+    from huggingface_hub import HfApi, errors, get_cached_repo_tree
+
+    try:
+        names = HfApi().list_repo_files(repository, revision=revision)
+    except errors.HFValidationError:
+        raise
+    except Exception as error:
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
+            raise
+        try:
+            names = [entry.path for entry in get_cached_repo_tree(repository, revision=revision)]
+        except errors.CachedRepoTreeNotFoundError:
+            raise error from None
+    return [name for name in names if "/" not in name]
+
+
+def _gguf_among(names: Sequence[str], model: str, variant: str) -> str | None:
+    """The GGUF file that is meant; None: a folder with config.json is.
+
+    Raises:
+        CheckpointError: several may be meant, or none has this ending.
+    """
+    files = sorted(name for name in names if name.endswith(".gguf"))
+    if not variant and (not files or "config.json" in names):
+        return None
+    endings = (f"-{variant}.gguf".lower(), f".{variant}.gguf".lower())
+    found = [name for name in files if name.lower().endswith(endings)] if variant else files
+    if len(found) == 1:
+        return found[0]
+    some = ", ".join(shown(name) for name in files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+    raise CheckpointError(
+        f"model {shown(model)}: {len(found)} GGUF files are meant, expected one of {some or 'none that are there'}: "
+        "give the end of its name, as in owner/name:Q8_0"
+    )
 
 
 def _advice(error: Exception) -> str:
@@ -106,5 +158,5 @@ def _advice(error: Exception) -> str:
     text = next(iter(str(reason).splitlines()), "")
     return (
         f"the download from the hub failed ({type(reason).__name__}: {text[:300]}): check the network and try again "
-        "(it will resume), or give a local directory"
+        "(complete files are kept), or give a local directory"
     )

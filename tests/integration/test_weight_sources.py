@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
@@ -117,24 +118,50 @@ HUB_FILES = {
     "original/params.json": b"not needed",
 }
 COMMIT = "a" * 40
+REPOSITORIES = {
+    "owner/model": HUB_FILES,
+    "owner/old": {
+        "config.json": b"{}",
+        "pytorch_model.bin.index.json": b"{}",
+        "pytorch_model-00001-of-00002.bin": b"first" * 5_000_000,
+        "pytorch_model-00002-of-00002.bin": b"second",
+        "training_args.bin": b"not needed",
+        "optimizer.pt": b"not needed",
+        "flax_model.msgpack": b"not needed",
+    },
+    "owner/model-GGUF": {"M-Q4_0.gguf": b"GGUF four", "M-Q8_0.gguf": b"GGUF eight", "README.md": b"", ".config": b""},
+    "owner/one-GGUF": {"one.f16.gguf": b"GGUF sixteen"},
+}
+BREAKING = "pytorch_model-00001-of-00002.bin"
+"""The first download of it breaks off half-way."""
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
-    """As much of a model hub as a download of `owner/model` needs; refuses everything else as a hub would."""
+    """As much of a model hub as downloads of REPOSITORIES need; refuses everything else as a hub would."""
+
+    ranges: ClassVar[list[str | None]] = []
+    """What was asked for of the file that breaks off."""
 
     def do_GET(self):
         path = self.path.partition("?")[0]
-        if path == "/api/models/owner/model/revision/main":
-            self._reply(200, json.dumps({"id": "owner/model", "sha": COMMIT}).encode())
-        elif path == f"/api/models/owner/model/tree/{COMMIT}":
-            files = [
+        repository = next((name for name in REPOSITORIES if f"/{name}/" in path), "")
+        files = REPOSITORIES.get(repository, {})
+        if files and path == f"/api/models/{repository}/revision/main":
+            self._reply(200, json.dumps({"id": repository, "sha": COMMIT}).encode())
+        elif files and path in (f"/api/models/{repository}/tree/{revision}" for revision in ("main", COMMIT)):
+            listed = [
                 {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for name, content in HUB_FILES.items()
+                for name, content in files.items()
             ]
-            self._reply(200, json.dumps(files).encode())
-        elif path.startswith(f"/owner/model/resolve/{COMMIT}/"):
-            content = HUB_FILES[path.partition(f"/{COMMIT}/")[2]]
-            self._reply(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT})
+            self._reply(200, json.dumps(listed).encode())
+        elif files and path.startswith(f"/{repository}/resolve/{COMMIT}/"):
+            name = path.partition(f"/{COMMIT}/")[2]
+            content = files[name]
+            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            if name == BREAKING and self.command == "GET":
+                self._reply_by_halves(content, headers)
+            else:
+                self._reply(200, content, headers)
         elif "gated" in path:
             self._reply(403, b"{}", {"X-Error-Code": "GatedRepo"})
         elif "teapot" in path:
@@ -144,6 +171,22 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self._reply(404, b"{}", {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"})
 
     do_HEAD = do_GET
+
+    def _reply_by_halves(self, content, headers):
+        """The first half at first, and then what is asked for."""
+        asked = self.headers.get("Range")
+        self.ranges.append(asked)
+        if asked is None:
+            self.send_response(200)
+            for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+            return
+        start = int(asked.removeprefix("bytes=").rstrip("-"))
+        rest = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        self._reply(206, content[start:], headers | rest)
 
     def _reply(self, status, content, headers=None):
         self.send_response(status)
@@ -198,6 +241,31 @@ def test_hub_downloads_only_what_is_needed_and_its_refusals_are_explained(tmp_pa
     assert cached == files
     assert "'owner/unknown'" in offline and "HF_HUB_OFFLINE" in offline and "local directory" in offline
     assert "'-bad-/id!'" in invalid and "not a valid hub id" in invalid
+
+
+def test_hub_pytorch_files_where_there_are_no_others_and_resumed(tmp_path, hub_address):
+    HubHandler.ranges.clear()
+    environment = {"HF_ENDPOINT": hub_address, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    (files,) = resolve_in_fresh_process([("owner/old",)], **environment)
+    shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    assert files == str(["config.json", *shards, "pytorch_model.bin.index.json"])
+    assert HubHandler.ranges == [None, f"bytes={10 * 2**20}-"], "the library writes 10 MiB at a time"
+    (stored,) = tmp_path.rglob(f"snapshots/*/{BREAKING}")
+    assert stored.read_bytes() == REPOSITORIES["owner/old"][BREAKING]
+
+
+def test_hub_gguf_files_by_the_end_of_their_names(tmp_path, hub_address):
+    """Their contents are no models, which is said of the one that was chosen."""
+    environment = {"HF_ENDPOINT": hub_address, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    calls = [("owner/model-GGUF:q8_0",), ("owner/model-GGUF",), ("owner/model-GGUF:Q5_0",), ("owner/one-GGUF",)]
+    chosen, several, unknown, only = resolve_in_fresh_process(calls, **environment)
+    blobs = [path.read_bytes() for path in tmp_path.rglob("blobs/*")]
+    assert sorted(blobs) == [b"GGUF eight", b"GGUF sixteen"]
+    assert "too few for a GGUF file" in chosen and "too few for a GGUF file" in only
+    assert "2 GGUF files are meant, expected one of 'M-Q4_0.gguf', 'M-Q8_0.gguf'" in several
+    assert "0 GGUF files are meant" in unknown and "owner/name:Q8_0" in unknown
+    (offline,) = resolve_in_fresh_process([("owner/model-GGUF:Q8_0",)], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert offline == chosen
 
 
 def test_hub_out_of_reach(tmp_path):
