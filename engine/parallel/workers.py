@@ -81,11 +81,12 @@ class Workers:
             if not isinstance(error, EngineError):
                 self._state.failed.wait(REASON_TIMEOUT_S)  # an operation fails a moment before its cause is known
             self._state.fail(_as_engine_error(error))
-            self.close()
         except BaseException:
             self._state.fail(EngineDeadError("a step was interrupted, and the ranks are not equally far any more"))
-            self.close()
             raise
+        finally:
+            if self._state.failure is not None:
+                self.close()
         self.check()
 
     def close(self) -> None:

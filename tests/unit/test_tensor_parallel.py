@@ -111,6 +111,12 @@ def test_rounding_while_loading(tmp_path, scheme):
     assert_equals_whole(tmp_path, (2,), atol=1e-4 if scheme == "int4" else 0.3, quantization=scheme)
 
 
+def test_quantized_experts(tmp_path):
+    experts = EXPERTS | {"moe_intermediate_size": 256, "hidden_size": 128, "head_dim": 32, "initializer_range": 0.05}
+    make_tiny_model(tmp_path, Qwen3MoeConfig, **(SIZES | experts))
+    assert_equals_whole(tmp_path, (2,), quantization="int4")
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
