@@ -21,7 +21,7 @@ from serve_app.config import LiveConfig, ServiceConfig
 from serve_app.gate import caller_of
 from serve_app.http import EventStream, parse_body, read_body, server_timing, unless_disconnected
 from serve_app.metrics.exposition import CONTENT_TYPE, FleetMetrics
-from serve_app.metrics.requests import meter_of
+from serve_app.metrics.requests import meter_in, meter_of
 from serve_app.metrics.service import KeyCollector
 from serve_app.model import Model
 from serve_app.openai.endpoint import Endpoint, ServedModel, model_not_found
@@ -115,7 +115,6 @@ class Ingress:
         if endpoint.constraint is not None:
             await model.grammars.check(endpoint.constraint, model.served)
         meter, caller = meter_of(request), caller_of(request)
-        meter.belongs_to(model.measured)
         requests = [
             msgspec.structs.replace(each, cache_salt=caller.cache_salt(each.cache_salt)) for each in endpoint.requests
         ]
@@ -147,15 +146,21 @@ class Ingress:
         self, request: Request, body_class: type[BaseModel], make: Callable[[Any, ServedModel], T]
     ) -> tuple[Model, T]:
         """The model that a request's body names, and what `make` makes of the body."""
+        named: list[Model] = []
 
-        def read() -> tuple[Model, T]:
+        def read() -> T:
             body: Any = parse_body(raw, body_class)
-            model = self._find(body.model) if body.model is not None else self._first
-            return model, make(body, model.served)
+            named.append(self._find(body.model) if body.model is not None else self._first)
+            return make(body, named[0].served)
 
         raw = await read_body(request, self.config.limits.body_bytes)
-        model, made = await asyncio.to_thread(read) if len(raw) > LONG_BODY_BYTES else read()
-        return model, made
+        try:
+            made = await asyncio.to_thread(read) if len(raw) > LONG_BODY_BYTES else read()
+        finally:
+            # Also where its model is not loaded yet: that is no fault of another model.
+            if named and (meter := meter_in(request.scope)) is not None:
+                meter.belongs_to(named[0].measured)
+        return named[0], made
 
     def _find(self, name: str) -> Model:
         """The model of a name, which may name one of its adapters, too. Raises ApiError 404."""

@@ -54,6 +54,7 @@ class RequestMeter:
         self._metrics = metrics
         self._requests: Sequence[EngineRequest] = ()
         self._is_cancelled = False
+        metrics.open.inc()
 
     async def watch(
         self, deltas: AsyncGenerator[Delta, None], requests: Sequence[EngineRequest], usage: Usage
@@ -77,6 +78,8 @@ class RequestMeter:
 
     def belongs_to(self, metrics: IngressMetrics) -> None:
         """Count it there: its model is known now."""
+        self._metrics.open.dec()
+        metrics.open.inc()
         self._metrics = metrics
 
     def fail(self, error: ApiError) -> None:
@@ -101,6 +104,7 @@ class RequestMeter:
             key: name of the API key; empty without one, and for requests that did not get through the gate.
         """
         metrics, outcome = self._metrics, self.outcome
+        metrics.open.dec()
         metrics.requests.labels(self.endpoint, outcome).inc()
         metrics.key_requests.labels(key, outcome).inc()
         reason = "" if self.error is None else self.error.code or str(self.error.status)
@@ -197,14 +201,12 @@ class Metered:
             await self._app(scope, receive, send)
             return
         meter = scope[_METER] = RequestMeter(self._metrics, endpoint)
-        self._metrics.open.inc()
         try:
             await self._app(scope, receive, send)
         except Exception:
             meter.fail(internal_error())
             raise
         finally:
-            self._metrics.open.dec()
             meter.end(caller_name(scope))
 
 

@@ -191,6 +191,18 @@ async def test_choices_are_outputs_of_their_own(clock: Clock):
     assert "inter_token_latency_seconds_count" not in found
 
 
+async def test_a_request_counts_for_its_own_model_alone(clock: Clock):
+    request, own = Request(clock), IngressMetrics(ServiceConfig())
+    assert values(request.metrics.registry)["requests_open"] == 1
+    request.meter.belongs_to(own)
+    assert values(own.registry)["requests_open"] == 1
+    request.meter.fail(unavailable())
+    assert not any(name.startswith(("requests_", "slo_requests")) for name in request.count())
+    found = values(own.registry)
+    assert found["slo_requests_total"] == found[f"requests_total{{{ROUTE},shed}}"] == 1
+    assert "requests_open" not in found
+
+
 async def test_the_middleware_counts_posts_to_its_routes_once():
     metrics = IngressMetrics(ServiceConfig())
 
