@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 import engine.llm
@@ -25,9 +27,11 @@ from engine.parallel.group import TensorParallel
 from engine.parallel.share import Share
 from engine.runner import ModelRunner
 from engine.weights import loader
+from kernels.cpu_build import load_library
 from tests.parallel_ranks import start_thread
 from tests.quantized_checkpoints import make_quantized
 from tests.tiny_models import make_tiny_model, make_tiny_qwen3
+from tests.unit.test_gguf import write
 
 FIELDS = {
     "kv_cache_memory": 2**21,
@@ -109,6 +113,21 @@ def test_rounding_while_loading(tmp_path, scheme):
     make_tiny_qwen3(tmp_path, **(SIZES | wide))
     # int4 rounds groups of inputs, which ranks have whole. The others have a scale for all inputs that a rank has.
     assert_equals_whole(tmp_path, (2,), atol=1e-4 if scheme == "int4" else 0.3, quantization=scheme)
+
+
+@pytest.mark.parametrize("kind", ["bin", "gguf"])
+def test_other_files(tmp_path, kind, monkeypatch):
+    load_library()  # compiled where it always is; the folder made of the file is not kept there
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    path = tmp_path / "model.gguf"
+    if kind == "gguf":
+        write(path, gguf.GGMLQuantizationType.Q8_0)
+    else:
+        path = tmp_path
+        make_tiny_qwen3(path, **SIZES)
+        torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+        (path / "model.safetensors").unlink()
+    assert_equals_whole(path, (2,))
 
 
 def test_quantized_experts(tmp_path):
