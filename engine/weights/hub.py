@@ -97,7 +97,8 @@ def _names(repository: str, revision: str | None) -> list[str]:
     from huggingface_hub import HfApi, errors, get_cached_repo_tree
 
     try:
-        names = HfApi().list_repo_files(repository, revision=revision)
+        info = HfApi().model_info(repository, revision=revision or "main")
+        names = [file.rfilename for file in info.siblings or ()]
     except errors.HFValidationError:
         raise
     except Exception as error:

@@ -147,8 +147,9 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         repository = next((name for name in REPOSITORIES if f"/{name}/" in path), "")
         files = REPOSITORIES.get(repository, {})
         if files and path == f"/api/models/{repository}/revision/main":
-            self._reply(200, json.dumps({"id": repository, "sha": COMMIT}).encode())
-        elif files and path in (f"/api/models/{repository}/tree/{revision}" for revision in ("main", COMMIT)):
+            siblings = [{"rfilename": name} for name in files]
+            self._reply(200, json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode())
+        elif files and path == f"/api/models/{repository}/tree/{COMMIT}":
             listed = [
                 {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                 for name, content in files.items()
