@@ -74,6 +74,7 @@ class Ingress:
         self.keys.replace(self.config.api_keys)
         for model, config in zip(self._models.values(), self.config.engines.values(), strict=True):
             await model.configure(config)
+            model.measured.expect(GENERATING, self.keys)
 
     async def health(self) -> Response:
         """200 when all models can be used."""
@@ -166,7 +167,8 @@ class Ingress:
         """The model of a name, which may name one of its adapters, too. Raises ApiError 404."""
         found = self._models.get(name)
         if found is None:
-            found = next((each for known, each in self._models.items() if name.startswith(f"{known}:")), None)
+            bases = [known for known in self._models if name.startswith(f"{known}:")]
+            found = self._models[max(bases, key=len)] if bases else None  # names may have colons, too
         if found is None:
             raise model_not_found(name, self._models)
         return found

@@ -1,0 +1,43 @@
+"""What the ingress decides by itself, without Ray."""
+
+import hashlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serve_app.auth import ApiKeys
+from serve_app.config import ServiceConfig
+from serve_app.ingress import Ingress
+from serve_app.metrics.ingress import IngressMetrics
+from serve_app.metrics.process import samples_of
+from serve_app.openai.errors import ApiError
+
+INGRESS: Any = Ingress.func_or_class  # type: ignore[attr-defined]  # the class behind the deployment
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("qwen3", "qwen3"), ("qwen3:sql", "qwen3"), ("qwen3:8b", "qwen3:8b"), ("qwen3:8b:sql", "qwen3:8b")],
+)
+def test_an_adapter_belongs_to_the_model_of_the_longest_name(name: str, model: str):
+    ingress = SimpleNamespace(_models={known: known for known in ("qwen3", "qwen3:8b", "other")})
+    assert INGRESS._find(ingress, name) == model
+
+
+def test_a_model_that_is_not_there():
+    with pytest.raises(ApiError) as caught:
+        INGRESS._find(SimpleNamespace(_models={"qwen3": None}), "qwen3-8b:sql")
+    assert caught.value.status == 404 and caught.value.param == "model"
+
+
+async def test_a_new_key_is_in_the_metrics_before_its_first_request():
+    async def configure(config: ServiceConfig) -> None:
+        assert config.api_keys[0].name == "new"
+
+    given = ServiceConfig()
+    model = SimpleNamespace(measured=IngressMetrics(given), configure=configure)
+    ingress = SimpleNamespace(_given=given, config=given, keys=ApiKeys(()), _models={"demo": model})
+    key = {"name": "new", "sha256": hashlib.sha256(b"key").hexdigest()}
+    await INGRESS.reconfigure(ingress, {"api_keys": [key]})
+    assert any(sample.labels.get("key") == "new" for sample in samples_of(model.measured.registry))
