@@ -58,7 +58,8 @@ def complete(url: str, prompt: str) -> dict[str, int]:
 
 def counter(url: str, name: str) -> list[float]:
     """The samples of a metric, one for each process."""
-    found = re.findall(rf"^\S*{name}(?:{{[^}}]*}})? (\S+)$", httpx.get(f"{url}/metrics", timeout=30).text, re.MULTILINE)
+    text = httpx.get(f"{url}/metrics", timeout=30).text
+    found = re.findall(rf"^qwen3_{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
     return [float(value) for value in found]
 
 
