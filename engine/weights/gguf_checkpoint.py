@@ -130,7 +130,7 @@ def _interleaved_heads(file: GgufFile) -> dict[str, int]:
         return {}
     num_heads = file.metadata.get("llama.attention.head_count")
     num_kv_heads = file.metadata.get("llama.attention.head_count_kv", num_heads)
-    if not all(type(count) is int and count > 0 for count in (num_heads, num_kv_heads)):
+    if not (isinstance(num_heads, int) and isinstance(num_kv_heads, int) and num_heads > 0 and num_kv_heads > 0):
         raise CheckpointError(f"{file.path}: llama.attention.head_count is missing or no number of heads")
     return {"q_proj": num_heads, "k_proj": num_kv_heads}
 
