@@ -156,6 +156,9 @@ class EngineClient:
             if task is not None and task.cancelling():
                 raise
             attempt.lose(Loss.DIED)  # it is the call that was cancelled, not we
+        except Exception:
+            logger.exception("a call of a replica failed")
+            attempt.fail(internal_error())
 
 
 class _Course:

@@ -252,6 +252,22 @@ async def test_a_request_that_is_at_fault_stays_where_it_is(client: EngineClient
     assert sum(host.num_calls for host in hosts.by_id.values()) == 1 and not client.num_migrations.total()
 
 
+async def test_a_call_that_fails_for_no_known_reason_ends_its_request(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+):
+    async def nonsense() -> AsyncGenerator[bytes, None]:
+        yield b"no EngineResult"
+
+    def call(handle: object, request_id: str, *_: object) -> Call:
+        client.fleet.accepted(request_id, "a")
+        return Call(nonsense())
+
+    monkeypatch.setattr(engine_client.ray_private, "call", call)
+    with pytest.raises(ApiError) as error:
+        await collect(client, request("r"))
+    assert error.value.status == 500 and not client.fleet.attempts
+
+
 async def test_one_that_has_begun_waits_for_another_replica(client: EngineClient, hosts: Hosts):
     [expected, *_] = await undisturbed(client)
     first, second = hosts.by_id["a"], hosts.by_id["b"]
