@@ -33,8 +33,10 @@ T = TypeVar("T")
 
 logger = logging.getLogger("ray.serve")
 
-LONG_BODY_BYTES = 16 * 1024
-"""Longer bodies are tokenized on a thread, so that they delay no other request."""
+LONG_BODY_BYTES = 2 * 1024
+"""Longer bodies are read on a thread, so that they delay no other request: prompts, grammars and biases take time."""
+MANY_LOGPROBS = 256
+"""Tokens with log-probabilities; answers with more are written on a thread."""
 
 
 @serve.deployment
@@ -107,8 +109,11 @@ class Ingress:
 
     async def convert(self, request: Request, body: type[BaseModel], conversion: Conversion) -> Response:
         """Answer a request that the engine is not needed for."""
-        _, answer = await self._read(request, body, conversion)
-        return self._json(answer)
+
+        def answer(values: Any, model: ServedModel) -> Response:
+            return self._json(conversion(values, model))
+
+        return (await self._read(request, body, answer))[1]
 
     async def generate(self, request: Request, body: type[BaseModel], endpoint_class: EndpointClass) -> Response:
         """Answer a request that runs the model."""
@@ -176,7 +181,12 @@ class Ingress:
     async def _whole(self, endpoint: Endpoint, generation: Generation, deltas: AsyncGenerator[Delta, None]) -> Response:
         async with aclosing(deltas):
             found = [delta async for delta in deltas]
-        return self._json(endpoint.whole(found, generation.usage))
+
+        def answer() -> Response:
+            return self._json(endpoint.whole(found, generation.usage))
+
+        num_logprobs = sum(len(delta.logprobs) + len(delta.prompt_logprobs or ()) for delta in found)
+        return await asyncio.to_thread(answer) if num_logprobs > MANY_LOGPROBS else answer()
 
     async def _events(
         self, endpoint: Endpoint, generation: Generation, first: Delta, deltas: AsyncGenerator[Delta, None]
@@ -184,10 +194,10 @@ class Ingress:
         """The stream's events. A fault on the way is an event too, and then the stream has no proper end."""
         try:
             async with aclosing(deltas):
-                if found := endpoint.events(first):
+                if found := await _events_of(endpoint, first):
                     yield found
                 async for delta in deltas:
-                    if found := endpoint.events(delta):
+                    if found := await _events_of(endpoint, delta):
                         yield found
             yield endpoint.last_events(generation.usage)
         except ApiError as error:
@@ -198,6 +208,13 @@ class Ingress:
 
     def _json(self, body: object) -> Response:
         return Response(self._encoder.encode(body), media_type="application/json")
+
+
+async def _events_of(endpoint: Endpoint, delta: Delta) -> bytes:
+    """The stream's events for a delta; those that echo a long prompt with log-probabilities are made on a thread."""
+    if delta.prompt_logprobs is not None and len(delta.prompt_logprobs) > MANY_LOGPROBS:
+        return await asyncio.to_thread(endpoint.events, delta)
+    return endpoint.events(delta)
 
 
 async def _admitted(

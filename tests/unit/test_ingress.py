@@ -1,17 +1,22 @@
 """What the ingress decides by itself, without Ray."""
 
 import hashlib
+import threading
+from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from engine.request import TokenLogprobs
+from serve_app import ingress as module
 from serve_app.auth import ApiKeys
 from serve_app.config import ServiceConfig
 from serve_app.ingress import Ingress
 from serve_app.metrics.ingress import IngressMetrics
 from serve_app.metrics.process import samples_of
 from serve_app.openai.errors import ApiError
+from serve_app.openai.generation import Delta, Usage
 
 INGRESS: Any = Ingress.func_or_class  # type: ignore[attr-defined]  # the class behind the deployment
 
@@ -41,3 +46,27 @@ async def test_a_new_key_is_in_the_metrics_before_its_first_request():
     key = {"name": "new", "sha256": hashlib.sha256(b"key").hexdigest()}
     await INGRESS.reconfigure(ingress, {"api_keys": [key]})
     assert any(sample.labels.get("key") == "new" for sample in samples_of(model.measured.registry))
+
+
+class Scribe:
+    """An endpoint that only notes which thread writes its answer."""
+
+    def events(self, delta: Delta) -> bytes:
+        return threading.current_thread().name.encode()
+
+    def whole(self, deltas: list[Delta], usage: Usage) -> str:
+        return threading.current_thread().name
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+async def test_what_takes_long_to_write_holds_up_no_other_request(is_long: bool):
+    entries = [TokenLogprobs(5, -1.0, 1, [5], [-1.0])] * (module.MANY_LOGPROBS + is_long)
+    here = threading.current_thread().name
+
+    async def deltas() -> AsyncGenerator[Delta, None]:
+        yield Delta(0, logprobs=entries)
+
+    ingress, generation = SimpleNamespace(_json=str), SimpleNamespace(usage=Usage())
+    assert (await INGRESS._whole(ingress, Scribe(), generation, deltas()) != here) == is_long
+    echo = Delta(0, prompt_logprobs=entries)
+    assert (await module._events_of(Scribe(), echo) != here.encode()) == is_long  # type: ignore[arg-type]
