@@ -25,6 +25,7 @@ class Limits(_Settings):
         None, ge=1, description="most tokens of a prompt; None: as many as the model's context holds"
     )
     choices: int = Field(16, ge=1, description="most choices (n) for a prompt")
+    outputs: int = Field(256, ge=1, description="most choices of all prompts of a completion request together")
     grammar_chars: int = Field(2**17, ge=1, description="most characters of a JSON schema, regex, list or grammar")
     schema_depth: int = Field(32, ge=1, le=64, description="how deep schemas may be in one another")
     grammar_compile_s: float = Field(2.0, gt=0, le=60, description="most CPU seconds that a grammar takes to compile")

@@ -46,6 +46,9 @@ class Completions(ChunkStream):
         self._num_made = body.best_of or body.n
         check_count("n" if self._num_made == body.n else "best_of", self._num_made, model.limits.choices)
         check_count("prompt", len(body.prompts), model.limits.prompts)
+        if (total := len(body.prompts) * self._num_made) > model.limits.outputs:
+            message = f"{len(body.prompts)} prompts with {self._num_made} choices each make {total} outputs"
+            raise bad_request(f"{message}, expected at most {model.limits.outputs}", "prompt")
         self._body = body
         self._model = model
         self.stream = body.stream

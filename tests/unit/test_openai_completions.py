@@ -288,6 +288,7 @@ def test_n_choices_have_seeds_of_their_own():
     [
         ({"prompt": ""}, "prompt"),
         ({"n": 17}, "n"),
+        ({"prompt": ["a"] * 17, "n": 16}, "prompt"),
         ({"best_of": 17}, "best_of"),
         ({"n": 2, "best_of": 1}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
