@@ -64,6 +64,14 @@ async def ask(client: httpx.AsyncClient, text: str) -> Answer:
         return answer
 
 
+def first_tokens(url: str) -> tuple[float, float]:
+    """How many the service has counted, and how many of them within little more than twice what is promised."""
+    text = httpx.get(f"{url}/metrics").text
+    family = r'qwen3_time_to_first_token_seconds_{}\{{{}[^}}]*model_name="demo"}} (\S+)'
+    counts = [re.search(family.format(*each), text) for each in (("count", ""), ("bucket", '[^}]*le="5.0"'))]
+    return float(counts[0].group(1)), float(counts[1].group(1))  # type: ignore[union-attr]
+
+
 async def requests_per_s(client: httpx.AsyncClient) -> float:
     """How many the service can answer."""
     end = time.monotonic() + WARM_UP_S
@@ -102,7 +110,9 @@ async def overload(url: str) -> tuple[float, list[list[Answer]]]:
 def test_who_is_admitted_is_served_in_time_and_who_is_not_is_when_told_to_come(
     small: Server, capsys: pytest.CaptureFixture[str]
 ):
+    before = first_tokens(small.url)
     capacity, found = asyncio.run(overload(small.url))
+    num_first, num_soon = (after - count for after, count in zip(first_tokens(small.url), before, strict=True))
     answers = [answer for each in found for answer in each]
     refused = [answer for answer in answers if answer.status == 429]
     waits = sorted(answer.ttft_s for answer in answers if answer.status == 200)
@@ -120,4 +130,5 @@ def test_who_is_admitted_is_served_in_time_and_who_is_not_is_when_told_to_come(
     assert all(each[-1].status == 200 for each in found)
     assert all(1 <= answer.retry_after_s <= 60 and answer.error["type"] == "rate_limit_error" for answer in refused)
     assert in_vain <= 0.2 * len(came_back)
-    assert waits[int(0.9 * len(waits))] < 2 * TTFT_S  # twice, as machines that run tests stall now and then
+    # By the service, as these clients compete with it for cores. Machines that run tests stall now and then.
+    assert num_first >= len(waits) and num_soon >= 0.9 * num_first
