@@ -66,8 +66,8 @@ def counter(url: str, name: str) -> list[float]:
 def test_shared_prefixes_are_found_again_by_either_ingress(pair: Server):
     source = random.Random(0)
     prefixes = [" ".join(f"{source.randrange(10**6)}" for _ in range(60)) for _ in range(NUM_PREFIXES)]
-    for prefix in prefixes:
-        complete(pair.url, f"{prefix} first")
+    with ThreadPoolExecutor(NUM_PREFIXES) as clients:  # all at once, which is too much for one replica
+        list(clients.map(partial(complete, pair.url), [f"{prefix} first" for prefix in prefixes]))
     time.sleep(2)  # until both ingresses know
     asked = [f"{prefix} {turn}" for turn in ("second", "third", "fourth") for prefix in prefixes]
     with ThreadPoolExecutor(4) as clients:
