@@ -121,8 +121,11 @@ class Model:
             except ApiError:
                 await asyncio.sleep(LOADING_RETRY_S)
                 continue
-            self._served = await asyncio.to_thread(ServedModel.from_info, self._config, info)
-            self.measured.describe(info)
+            config = self._config
+            served = await asyncio.to_thread(ServedModel.from_info, config, info)
+            if config is self._config:  # not if that was changed meanwhile
+                self._served = served
+                self.measured.describe(info)
         await announce(self.name)
 
 

@@ -10,11 +10,13 @@ import pytest
 
 from engine.request import TokenLogprobs
 from serve_app import ingress as module
+from serve_app import model as model_module
 from serve_app.auth import ApiKeys
-from serve_app.config import ServiceConfig
+from serve_app.config import ModelConfig, ServiceConfig
 from serve_app.ingress import Ingress
 from serve_app.metrics.ingress import IngressMetrics
 from serve_app.metrics.process import samples_of
+from serve_app.model import Model
 from serve_app.openai.errors import ApiError
 from serve_app.openai.generation import Delta, Usage
 
@@ -70,3 +72,26 @@ async def test_what_takes_long_to_write_holds_up_no_other_request(is_long: bool)
     assert (await INGRESS._whole(ingress, Scribe(), generation, deltas()) != here) == is_long
     echo = Delta(0, prompt_logprobs=entries)
     assert (await module._events_of(Scribe(), echo) != here.encode()) == is_long  # type: ignore[arg-type]
+
+
+async def test_a_change_while_the_model_is_read_is_not_lost(monkeypatch: pytest.MonkeyPatch):
+    before, after = ModelConfig(), ModelConfig()
+
+    async def info() -> str:
+        return "info"
+
+    def read(config: ModelConfig, info: str) -> ModelConfig:
+        model._config = after
+        return config
+
+    async def announce(name: str) -> None:
+        pass
+
+    monkeypatch.setattr(model_module, "ServedModel", SimpleNamespace(from_info=read))
+    monkeypatch.setattr(model_module, "announce", announce)
+    measured = SimpleNamespace(describe=lambda info: None)
+    model: Any = SimpleNamespace(
+        name="demo", client=SimpleNamespace(info=info), measured=measured, _config=before, _served=None
+    )
+    await Model._load(model)
+    assert model._served is after
