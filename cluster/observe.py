@@ -10,6 +10,7 @@ import io
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("observe"), help="folder for the page")
     parser.add_argument("--seconds", type=float, default=math.inf, help="end after so long")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or Prometheus would stay behind
     key = options.key_file.read_text(encoding="utf-8").strip() if options.key_file else None
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "index.html"
