@@ -19,13 +19,11 @@ from serve_app import engine_client, fleet
 from serve_app.engine_client import EngineClient
 from serve_app.fleet import Fleet, Loss, fleet_of
 from serve_app.openai.errors import ApiError
-from serve_app.replica import EngineReplica
+from tests.bare_replica import BareReplica
 from tests.tiny_models import make_tiny_qwen3
 
-Replica = EngineReplica.func_or_class  # type: ignore[attr-defined]
 NUM_TOKENS = 150
 ENGINE = {"kv_cache_memory": 2**22, "block_size": 4, "max_num_seqs": 8, "device": "cpu", "num_threads": 1}
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'EngineReplica.__del__' was never awaited")
 
 
 class Host:
@@ -119,14 +117,12 @@ async def hosts(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     made = Hosts(fleet_of("app", "engine"))
     as_is = SimpleNamespace(keep_on_this_loop=lambda _: None, over_grpc=lambda *_, **__: None, call=made.call)
     monkeypatch.setattr(engine_client, "ray_private", as_is)
-    replicas = [Replica.__new__(Replica) for _ in range(2)]
-    for replica in replicas:
-        await replica.__init__(EngineConfig(model=checkpoint, **ENGINE), "tiny")
+    replicas = [await BareReplica.start(EngineConfig(model=checkpoint, **ENGINE), "tiny") for _ in range(2)]
     made.change(**{name: Host(replica) for name, replica in zip("ab", replicas, strict=True)})
     yield made
     made.fleet.close()
     for replica in replicas:
-        await replica.__del__()
+        await replica.stop()
 
 
 @pytest.fixture
@@ -232,8 +228,7 @@ def fail(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_request_does_not_take_every_replica_with_it(
     client: EngineClient, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ):
-    third = Replica.__new__(Replica)
-    await third.__init__(hosts.by_id["a"].replica._engine.config, "tiny")
+    third = await BareReplica.start(hosts.by_id["a"].replica._engine.config, "tiny")
     hosts.change(**hosts.by_id, c=Host(third))
     for host in hosts.by_id.values():
         fail(host, monkeypatch)
@@ -242,7 +237,7 @@ async def test_a_request_does_not_take_every_replica_with_it(
     assert error.value.status == 503
     assert sorted(host.num_calls for host in hosts.by_id.values()) == [0, 1, 1]
     assert client.num_given_up == 1
-    await third.__del__()
+    await third.stop()
 
 
 async def test_a_request_that_is_at_fault_stays_where_it_is(client: EngineClient, hosts: Hosts):

@@ -12,30 +12,24 @@ from engine.config import EngineConfig
 from engine.errors import CheckpointError, EngineDeadError
 from engine.output_buffer import OutputBuffer
 from engine.request import EngineRequest, FinishReason, SamplingParams
-from serve_app.replica import EngineReplica
 from serve_app.steps import StepUpdate
 from serve_app.wire import EngineResult, ModelInfo, RefusalKind
+from tests.bare_replica import BareReplica
 
-Replica = EngineReplica.func_or_class  # type: ignore[attr-defined]
 PROMPT = [5, 6, 7]
 INGRESS = "ingress"
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'EngineReplica.__del__' was never awaited")
-"""Ray Serve awaits it; the garbage collector, in the end, does not."""
 
 
-async def start(**config: Any) -> Any:
-    """As Ray Serve starts one."""
+async def start(**config: Any) -> BareReplica:
     values = {"kv_cache_memory": 2**25, "num_threads": 1, "max_num_seqs": 1, "max_num_waiting": 1} | config
-    made = Replica.__new__(Replica)
-    await made.__init__(EngineConfig(**values), "demo")
-    return made
+    return await BareReplica.start(EngineConfig(**values), "demo")
 
 
 @pytest.fixture
 async def replica() -> AsyncIterator[Any]:
     made = await start()
     yield made
-    await made.__del__()
+    await made.stop()
 
 
 def request(request_id: str, prompt: list[int] = PROMPT, **params: Any) -> bytes:
@@ -153,7 +147,7 @@ async def test_an_engine_that_ends_gives_its_requests_up_without_a_last_output(r
     updates = steps(replica)
     running = asyncio.create_task(run(replica, "r", max_tokens=4000))
     await read(updates, "r", 1)
-    await replica.__del__()
+    await replica.stop()
     assert (await running).refusal.kind is RefusalKind.ENGINE_ENDED
     async for update in updates:
         assert not any(output.finish_reason for output in update.outputs)
