@@ -43,6 +43,9 @@ def pair() -> Iterator[Server]:
         while len(running.processes_named("ServeReplica:qwen3:EngineReplica")) < 2:
             assert time.monotonic() < deadline, "no second replica"
             time.sleep(0.1)
+        while len(counter(running.url, "model_info")) < 2:  # of each ingress, once it can use the model
+            assert time.monotonic() < deadline, "no second ingress"
+            time.sleep(0.1)
         yield running
     shutil.rmtree(folder)
 
