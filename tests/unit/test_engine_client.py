@@ -111,7 +111,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 async def hosts(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hosts]:
     """Two replicas."""
     monkeypatch.setattr(fleet, "HEARTBEAT_S", 0.05)
-    monkeypatch.setattr(fleet, "SILENT_AFTER_S", 0.5)
     monkeypatch.setattr(engine_client, "RESUME_RETRY_S", 0.02)
     fleet_of.cache_clear()
     made = Hosts(fleet_of("app", "engine"))
@@ -148,7 +147,7 @@ def tokens(outputs: list[RequestOutput]) -> list[int]:
 async def start(client: EngineClient, *requests: EngineRequest) -> list["asyncio.Task[list[RequestOutput]]"]:
     """Run requests until each has some tokens."""
     tasks = [asyncio.create_task(collect(client, each)) for each in requests]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not client.fleet.attempts or any(each.num_received < 5 for each in client.fleet.attempts.values()):
             await asyncio.sleep(0.001)
     return tasks
@@ -197,11 +196,14 @@ async def test_nothing_shows_when_a_replica_dies(client: EngineClient, hosts: Ho
     assert not client.fleet.attempts
 
 
-async def test_nothing_shows_when_a_replica_hangs_and_what_it_says_later_is_ignored(client: EngineClient, hosts: Hosts):
+async def test_nothing_shows_when_a_replica_hangs_and_what_it_says_later_is_ignored(
+    client: EngineClient, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+):
     expected = await undisturbed(client)
     tasks = await start(client, *REQUESTS)
     victim = hosts.by_id[victim_of(client)]
     victim.runs.clear()
+    monkeypatch.setattr(fleet, "SILENT_AFTER_S", 0.5)
     found = await asyncio.gather(*tasks)
     victim.runs.set()
     check_equal(found, expected)
@@ -291,7 +293,7 @@ async def test_leaving_aborts(client: EngineClient, hosts: Hosts):
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while any([(await host.replica.stats())["num_running"] for host in hosts.by_id.values()]):
             await asyncio.sleep(0.001)
     assert not client.fleet.attempts and not any(view.num_attempts for view in client.fleet.replicas.values())

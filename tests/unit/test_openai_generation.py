@@ -178,6 +178,6 @@ async def test_a_refused_choice_takes_the_others_with_it_before_any_of_them_is_h
 
 
 async def until_free(engine: AsyncEngine) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (stats := engine.stats()).num_owned_blocks or stats.num_running or stats.num_waiting:
             await asyncio.sleep(0.01)

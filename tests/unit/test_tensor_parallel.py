@@ -54,8 +54,9 @@ MODELS = {
     "Qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
     "Llama, all biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
 }
+IN_FOUR = ("Qwen3, tied, odd vocabulary", "Qwen3, one KV head", "Qwen3 MoE")
 PROMPTS = [[5, 6, 7], list(range(20, 90)), [3]]
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=1)
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=1)
 GRAMMAR = json_schema_grammar({"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 3})
 VARIED = [
     SamplingParams(temperature=0.8, top_k=40, top_p=0.9, seed=1, max_tokens=12, ignore_eos=True),
@@ -93,18 +94,19 @@ def assert_equals_whole(path: Path, sizes: tuple[int, ...], atol: float = 1e-4, 
                 assert run(llm) == tokens
 
 
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
-def test_ranks_compute_what_one_does(tmp_path, model):
-    config_class, overrides = model
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_compute_what_one_does(tmp_path, name):
+    """Four ranks share rows of padding, heads of keys, and experts in other ways than two."""
+    config_class, overrides = MODELS[name]
     make_tiny_model(tmp_path, config_class, **(SIZES | overrides))
-    assert_equals_whole(tmp_path, (2, 4))
+    assert_equals_whole(tmp_path, (4,) if name in IN_FOUR else (2,))
 
 
 @pytest.mark.parametrize("name", ["fp8 blocks", "awq", "gptq", "compressed-tensors fp8, a scale a tensor"])
 def test_quantized_checkpoints_are_divided_along_their_groups(tmp_path, name):
     make_quantized(tmp_path, name, intermediate_size=512, head_dim=128, initializer_range=0.02)
     # FP8 rounds each rank's part of an activation by its own largest value.
-    assert_equals_whole(tmp_path, (2, 4) if name == "awq" else (2,), atol=0.1 if "fp8" in name else 1e-4)
+    assert_equals_whole(tmp_path, (4,) if name == "awq" else (2,), atol=0.1 if "fp8" in name else 1e-4)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
@@ -307,7 +309,7 @@ def test_processes_compute_what_one_does_and_their_death_ends_the_engine(tiny):
     start = time.monotonic()
     with pytest.raises(EngineDeadError, match=r"^rank 1 of 2 failed: its process was killed by signal 9 \(SIGKILL\)$"):
         run(llm)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
     folder = llm.engine.runner._workers._state.folder
     del llm
     gc.collect()
