@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayError
 from ray.serve import context as serve_context
 from ray.serve._private.common import RequestMetadata
+from ray.serve._private.request_router import replica_wrapper
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -18,6 +19,10 @@ if ray.__version__ != RAY_VERSION:
     raise ImportError(
         f"Ray is {ray.__version__}, expected {RAY_VERSION}: install that, or try serve_app/ray_private.py"
     )
+
+# gRPC takes 4 MiB from a replica unless told otherwise: most models' tokenizers, and a prompt's log-probabilities, have
+# more. Ray Serve reads its own setting before any code of ours runs, but uses it when it connects.
+replica_wrapper.RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH = 2**31 - 1
 
 
 def keep_on_this_loop(handle: DeploymentHandle) -> None:
