@@ -22,7 +22,7 @@ if ray.__version__ != RAY_VERSION:
 
 # gRPC takes 4 MiB from a replica unless told otherwise: most models' tokenizers, and a prompt's log-probabilities, have
 # more. Ray Serve reads its own setting before any code of ours runs, but uses it when it connects.
-replica_wrapper.RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH = 2**31 - 1
+replica_wrapper.RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH = 2**31 - 1  # type: ignore[attr-defined]  # is imported there
 
 
 def keep_on_this_loop(handle: DeploymentHandle) -> None:
