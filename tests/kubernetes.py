@@ -25,7 +25,7 @@ def rendered(overlay: str) -> tuple[Manifest, ...]:
         command = ["kustomize", "build", folder]
     else:
         pytest.skip("neither kubectl nor kustomize is on PATH to render k8s/ with")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
     return tuple(found for found in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if found)

@@ -91,7 +91,7 @@ def test_one_to_three_to_one_and_no_request_fails(scaling: Server):
 def test_to_zero_and_back(scaling: Server):
     """A request wakes a replica. It may have to come again, after the time that it is told."""
     wait_for(lambda: num_replicas(scaling) == 0, "end of the last replica")
-    wait_for(lambda: httpx.get(f"{scaling.url}/health", timeout=10).status_code == 200, "health without replicas")
+    wait_for(lambda: httpx.get(f"{scaling.url}/health", timeout=60).status_code == 200, "health without replicas")
     assert num_replicas(scaling) == 0  # nor has the probe woken one
     deadline = time.monotonic() + PATIENCE_S
     with httpx.Client(base_url=scaling.url) as client:

@@ -21,7 +21,7 @@ from tests.integration.server import Server
 ENDLESS = {"model": "demo", "prompt": "Hello", "max_tokens": 4000, "ignore_eos": True}
 """Takes many seconds, if nobody stops it."""
 LONG_PROMPT = "the quick brown fox " * 200
-SOON_S = 2.0
+SOON_S = 5.0
 """Far above what it takes (a few hundredths of a second), far below what the request would."""
 NUM_TIMES = 5
 """How often each way to leave is measured."""

@@ -75,7 +75,7 @@ def test_a_new_version_in_place_of_the_old_one(own: Server):
     while before & set(own.processes_named("ServeReplica:qwen3:EngineReplica")):
         assert time.monotonic() < deadline, "the old replica is still there"
         time.sleep(0.2)
-    while httpx.get(f"{own.url}/health", timeout=10).status_code != 200:
+    while httpx.get(f"{own.url}/health", timeout=60).status_code != 200:
         assert time.monotonic() < deadline, "the new version is not ready"
         time.sleep(0.2)
 

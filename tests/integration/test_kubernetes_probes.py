@@ -42,7 +42,7 @@ def _wait_for_node(node: "subprocess.Popen[bytes]", url: str, log: Path) -> None
     deadline = time.monotonic() + NODE_START_S
     while node.poll() is None and time.monotonic() < deadline:
         try:
-            httpx.get(url, timeout=5)
+            httpx.get(url, timeout=30)
             return
         except httpx.TransportError:
             time.sleep(0.2)
@@ -52,13 +52,13 @@ def _wait_for_node(node: "subprocess.Popen[bytes]", url: str, log: Path) -> None
 def test_readiness_is_a_route_of_the_proxy(server: Server):
     [container] = pod_templates("cpu-dev")["ingress"]["spec"]["containers"]
     path = container["readinessProbe"]["httpGet"]["path"]
-    assert httpx.get(f"{server.url}{path}", timeout=10).status_code == 200
+    assert httpx.get(f"{server.url}{path}", timeout=60).status_code == 200
 
 
 def test_liveness_is_a_route_of_rays_agent_and_needs_no_token(agent_url: str):
     pods = [pod_templates("cpu-dev")[name]["spec"]["containers"][0] for name in ("head", "ingress", "engine")]
     [path] = {pod[probe]["httpGet"]["path"] for pod in pods for probe in ("startupProbe", "livenessProbe")}
-    answer = httpx.get(f"{agent_url}{path}", timeout=10)
+    answer = httpx.get(f"{agent_url}{path}", timeout=60)
     assert answer.status_code == 200 and "success" in answer.text
 
 
@@ -66,4 +66,4 @@ def test_the_gateway_passes_on_routes_that_there_are(server: Server):
     [route] = of_kind("gpu-8b", "HTTPRoute")
     paths = {match["path"]["value"] for rule in route["spec"]["rules"] for match in rule["matches"]}
     for path in paths - {"/v1"} | {"/v1/models"}:
-        assert httpx.get(f"{server.url}{path}", timeout=10).status_code == 200
+        assert httpx.get(f"{server.url}{path}", timeout=60).status_code == 200

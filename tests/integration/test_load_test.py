@@ -21,7 +21,7 @@ REPLAY = ("-m", "locust", "--locustfile", "loadtest/load/replay.py", "--headless
 def run(server: Server, out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Run a load test. Returns its exit status and its line of JSON."""
     command = [sys.executable, *arguments, "--host", server.url, "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
     assert done.stdout, done.stderr[-2000:]
     return done.returncode, json.loads(done.stdout.splitlines()[-1])
 

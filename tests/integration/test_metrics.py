@@ -170,7 +170,7 @@ def test_what_prometheus_takes_in_counts_once(prometheus: Prometheus):
 def test_rays_agents_tell_all_of_it_too(server: Server):
     """Under their own prefix."""
     found = json.loads((server.config.parent / "ray" / "prom_metrics_service_discovery.json").read_text())
-    own = set(re.findall(r"^(qwen3_\w+){", httpx.get(f"{server.url}/metrics").text, re.MULTILINE))
+    own = set(re.findall(r"^(qwen3_\w+){", httpx.get(f"{server.url}/metrics", timeout=60).text, re.MULTILINE))
     own.remove("qwen3_process_metrics_age_seconds")
 
     def missing() -> set[str]:

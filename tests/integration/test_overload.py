@@ -38,7 +38,7 @@ def small(two_models: Server) -> Server:
     two_models.deploy({"slo": {"ttft_s": TTFT_S}})
     promised = re.compile(rf'slo_target_seconds\{{.*model_name="demo",objective="ttft"\}} {TTFT_S}\n')
     deadline = time.monotonic() + 60
-    while not promised.search(httpx.get(f"{two_models.url}/metrics").text):
+    while not promised.search(httpx.get(f"{two_models.url}/metrics", timeout=60).text):
         assert time.monotonic() < deadline, "the change has not arrived"
         time.sleep(0.1)
     return two_models
@@ -66,7 +66,7 @@ async def ask(client: httpx.AsyncClient, text: str) -> Answer:
 
 def first_tokens(url: str) -> tuple[float, float]:
     """How many the service has counted, and how many of them within little more than twice what is promised."""
-    text = httpx.get(f"{url}/metrics").text
+    text = httpx.get(f"{url}/metrics", timeout=60).text
     family = r'qwen3_time_to_first_token_seconds_{}\{{{}[^}}]*model_name="demo"}} (\S+)'
     counts = [re.search(family.format(*each), text) for each in (("count", ""), ("bucket", '[^}]*le="5.0"'))]
     return float(counts[0].group(1)), float(counts[1].group(1))  # type: ignore[union-attr]

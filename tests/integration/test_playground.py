@@ -21,7 +21,7 @@ ARGUMENTS = (
     "--disable-component-update --disable-sync"
 ).split()
 PATIENCE_MS = 30_000
-SOON_S = 2.0
+SOON_S = 5.0
 STALL_MS = 5000
 """Far above what it takes (some tens), far below what anything that grows with the square of a length would."""
 KEY = "a-key-that-must-stay-here"

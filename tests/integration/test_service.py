@@ -33,7 +33,7 @@ def test_models(client: OpenAI, http: httpx.Client):
 
 
 def test_health_and_version(http: httpx.Client):
-    assert http.get("/health").status_code == 200
+    assert http.get("/health", timeout=60).status_code == 200
     assert http.get("/version").json()["version"]
 
 
@@ -120,7 +120,7 @@ def test_it_works_the_same_behind_ray_serves_own_proxy(plain: Server):
                 for choice in json.loads(line.removeprefix("data: "))["choices"]:
                     text += choice["delta"].get("content", "")
     assert text == whole.json()["choices"][0]["message"]["content"] != ""
-    wrong = httpx.post(f"{plain.url}/v1/chat/completions", json=body | {"n": "x"}, headers=OWNER)
+    wrong = httpx.post(f"{plain.url}/v1/chat/completions", json=body | {"n": "x"}, headers=OWNER, timeout=60)
     assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "n"
     assert {host.removeprefix("::ffff:") for host, port in plain.listening() if f":{port}" in plain.url} == {
         "127.0.0.1"
@@ -130,9 +130,9 @@ def test_it_works_the_same_behind_ray_serves_own_proxy(plain: Server):
 def test_only_the_owner_of_a_key_comes_in(plain: Server):
     for path in ("/v1/models", "/v1/models/demo", "/version", "/openapi.json", "/nothing"):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Host": "x/health?"}):
-            assert httpx.get(f"{plain.url}{path}", headers=headers).status_code == 401
-    assert httpx.get(f"{plain.url}/health").status_code == 200
-    assert httpx.get(f"{plain.url}/v1/models", headers={"X-Api-Key": KEY}).status_code == 200
+            assert httpx.get(f"{plain.url}{path}", headers=headers, timeout=60).status_code == 401
+    assert httpx.get(f"{plain.url}/health", timeout=60).status_code == 200
+    assert httpx.get(f"{plain.url}/v1/models", headers={"X-Api-Key": KEY}, timeout=60).status_code == 200
     stranger = OpenAI(base_url=f"{plain.url}/v1", api_key="wrong", max_retries=0)
     with stranger, pytest.raises(AuthenticationError, match="not valid here"):
         stranger.models.list()
@@ -143,7 +143,7 @@ def test_only_the_owner_of_a_key_comes_in(plain: Server):
 @pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not on PATH")
 def test_prometheus_comes_in_with_a_key_and_sees_what_the_key_used(plain: Server, tmp_path: Path):
     body = {"model": "demo", "prompt": "Hello", "max_tokens": 5, "ignore_eos": True}
-    assert httpx.get(f"{plain.url}/metrics").status_code == 401
+    assert httpx.get(f"{plain.url}/metrics", timeout=60).status_code == 401
     [port] = free_ports(1)
     with Prometheus(tmp_path, port, plain.url.removeprefix("http://"), api_key=KEY) as prometheus:
         before = used_tokens(prometheus)
@@ -185,7 +185,9 @@ def test_sampling_is_the_configurations_where_it_says_and_else_the_models(plain:
 
     models = defaults(http.get("/v1/models/demo"))
     assert models["temperature"] != 0.25
-    assert defaults(httpx.get(f"{plain.url}/v1/models/demo", headers=OWNER)) == models | {"temperature": 0.25}
+    assert defaults(httpx.get(f"{plain.url}/v1/models/demo", headers=OWNER, timeout=60)) == models | {
+        "temperature": 0.25
+    }
 
 
 def test_a_replica_that_dies_is_replaced_and_nobody_waits_for_it_in_vain(plain: Server):

@@ -176,7 +176,7 @@ def test_prometheus_takes_the_rules(tmp_path: Path):
         file = tmp_path / "rules.yaml"
         file.write_text(yaml.safe_dump(rule["spec"]))
         command = ["promtool", "check", "rules", file]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
 
 
