@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from ray.exceptions import ActorDiedError
 
+from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
 from serve_app import engine_client, fleet
@@ -166,8 +167,20 @@ REQUESTS = [
 ]
 
 
-async def undisturbed(client: EngineClient) -> list[list[RequestOutput]]:
-    return await asyncio.gather(*(collect(client, each) for each in REQUESTS))
+@pytest.fixture(scope="module")
+def undisturbed(checkpoint: str) -> list[list[RequestOutput]]:
+    """What becomes of the requests when nothing happens."""
+
+    async def run_all() -> list[list[RequestOutput]]:
+        engine = AsyncEngine(EngineConfig(model=checkpoint, **ENGINE))
+        found = await asyncio.gather(*(run(engine, each) for each in REQUESTS))
+        await engine.stop()
+        return found
+
+    async def run(engine: AsyncEngine, source: EngineRequest) -> list[RequestOutput]:
+        return [output async for output in engine.generate(source)]
+
+    return asyncio.run(run_all())
 
 
 def check_equal(found: list[list[RequestOutput]], expected: list[list[RequestOutput]]) -> None:
@@ -185,38 +198,39 @@ def check_equal(found: list[list[RequestOutput]], expected: list[list[RequestOut
         )
 
 
-async def test_nothing_shows_when_a_replica_dies(client: EngineClient, hosts: Hosts):
-    expected = await undisturbed(client)
+async def test_nothing_shows_when_a_replica_dies(
+    client: EngineClient, hosts: Hosts, undisturbed: list[list[RequestOutput]]
+):
     tasks = await start(client, *REQUESTS)
     victim = victim_of(client)
     lost = [attempt for attempt in client.fleet.attempts.values() if attempt.replica_id == victim]
     hosts.by_id[victim].dead.set()
-    check_equal(await asyncio.gather(*tasks), expected)
+    check_equal(await asyncio.gather(*tasks), undisturbed)
     assert lost and client.num_migrations[Loss.DIED] == len(lost) == client.num_migrations.total()
     assert not client.fleet.attempts
 
 
 async def test_nothing_shows_when_a_replica_hangs_and_what_it_says_later_is_ignored(
-    client: EngineClient, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+    client: EngineClient, hosts: Hosts, undisturbed: list[list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
 ):
-    expected = await undisturbed(client)
     tasks = await start(client, *REQUESTS)
     victim = hosts.by_id[victim_of(client)]
     victim.runs.clear()
     monkeypatch.setattr(fleet, "SILENT_AFTER_S", 0.5)
     found = await asyncio.gather(*tasks)
     victim.runs.set()
-    check_equal(found, expected)
+    check_equal(found, undisturbed)
     assert client.num_migrations[Loss.SILENT] >= 1
     again = msgspec.structs.replace(REQUESTS[0], request_id="again")
-    assert tokens(await collect(client, again)) == tokens(expected[0])
+    assert tokens(await collect(client, again)) == tokens(undisturbed[0])
 
 
-async def test_nothing_shows_when_an_engine_fails(client: EngineClient, hosts: Hosts, monkeypatch: pytest.MonkeyPatch):
-    expected = await undisturbed(client)
+async def test_nothing_shows_when_an_engine_fails(
+    client: EngineClient, hosts: Hosts, undisturbed: list[list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
+):
     tasks = await start(client, *REQUESTS)
     fail(hosts.by_id[victim_of(client)], monkeypatch)
-    check_equal(await asyncio.gather(*tasks), expected)
+    check_equal(await asyncio.gather(*tasks), undisturbed)
     assert client.num_migrations[Loss.ENGINE_FAULT] >= 1
 
 
@@ -265,8 +279,9 @@ async def test_a_call_that_fails_for_no_known_reason_ends_its_request(
     assert error.value.status == 500 and not client.fleet.attempts
 
 
-async def test_one_that_has_begun_waits_for_another_replica(client: EngineClient, hosts: Hosts):
-    [expected, *_] = await undisturbed(client)
+async def test_one_that_has_begun_waits_for_another_replica(
+    client: EngineClient, hosts: Hosts, undisturbed: list[list[RequestOutput]]
+):
     first, second = hosts.by_id["a"], hosts.by_id["b"]
     hosts.change(a=first)
     tasks = await start(client, REQUESTS[0])
@@ -275,7 +290,7 @@ async def test_one_that_has_begun_waits_for_another_replica(client: EngineClient
     await asyncio.sleep(0.1)
     assert not tasks[0].done()
     hosts.change(b=second)
-    assert tokens(await tasks[0]) == tokens(expected)
+    assert tokens(await tasks[0]) == tokens(undisturbed[0])
 
 
 async def test_one_that_has_not_begun_is_told_that_there_is_no_replica(
