@@ -265,19 +265,12 @@ class LLMEngine:
         return self._pool.residency
 
     def take_block_events(self) -> tuple[list[bytes], list[bytes]]:
-        """Keys of KV blocks that the prefix cache stored and evicted since the last call: net, no key is in both.
+        """Keys of KV blocks (`engine.block_pool.block_keys`) stored and evicted since the last call: none is in both.
 
         Nothing is recorded before the first call, which tells all keys there are. To be called between steps, by the
         thread that makes them.
         """
         return self._pool.take_events()
-
-    def cached_block_keys(self) -> list[bytes]:
-        """Keys of all KV blocks that the prefix cache can find, see `engine.block_pool.block_keys`.
-
-        Whoever follows the events from here on must take them first, in the same pause between steps.
-        """
-        return self._pool.keys()
 
     def _take_in(self, step: Step, launched: LaunchedStep, launched_at: float) -> list[RequestOutput]:
         """Wait for a launched step, tell the scheduler its outcome and make the outputs."""

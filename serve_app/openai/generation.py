@@ -194,7 +194,7 @@ class Generation:
         self._requests = requests
         self._readers = [_Reader(index, request, tokenizer, options) for index, request in enumerate(requests)]
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
+    def deltas(self) -> AsyncGenerator[Delta, None]:
         """Deltas as they come; each choice's last one has a finish reason. Leaving early aborts every choice.
 
         The first comes when every choice has one, so that a refusal of any is known before.
@@ -202,14 +202,7 @@ class Generation:
         Raises:
             ApiError: a choice was refused or failed; the others are aborted.
         """
-        if len(self._requests) == 1:
-            async with aclosing(self._choice(0)) as deltas:
-                async for delta in deltas:
-                    yield delta
-            return
-        async with aclosing(self._merged()) as deltas:
-            async for delta in deltas:
-                yield delta
+        return self._choice(0) if len(self._requests) == 1 else self._merged()
 
     async def _choice(self, index: int) -> AsyncGenerator[Delta, None]:
         async with aclosing(self._client.generate(self._requests[index])) as outputs:

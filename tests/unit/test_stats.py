@@ -41,12 +41,12 @@ def test_ends_are_counted_by_reason(llm):
 
 
 def test_blocks_that_requests_leave_are_told(llm):
-    known = set(llm.engine.cached_block_keys())
+    known = set(llm.engine._pool.keys())
     llm.engine.take_block_events()
     llm.generate([list(range(200, 240))], SamplingParams(max_tokens=1))
     stored, evicted = llm.engine.take_block_events()
     assert len(stored) >= 10
-    assert (known | set(stored)) - set(evicted) == set(llm.engine.cached_block_keys())
+    assert (known | set(stored)) - set(evicted) == set(llm.engine._pool.keys())
 
 
 def test_prefill_rate_follows_the_steps_with_many_prompt_tokens():
