@@ -5,9 +5,13 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.errors import EngineError, RequestError
 from engine.request import SamplingParams
+
+if TYPE_CHECKING:  # it brings torch, which a wrong argument need not wait for
+    from engine.llm import LLM
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _perplexity(llm: "LLM", file: Path) -> None:  # type: ignore[name-defined]  # noqa: F821
+def _perplexity(llm: "LLM", file: Path) -> None:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -48,7 +52,7 @@ def _perplexity(llm: "LLM", file: Path) -> None:  # type: ignore[name-defined]  
     print(f"perplexity {llm.perplexity(text, show_progress=True):.4f}")
 
 
-def _chat(llm: "LLM", params: SamplingParams, options: argparse.Namespace) -> None:  # type: ignore[name-defined]  # noqa: F821
+def _chat(llm: "LLM", params: SamplingParams, options: argparse.Namespace) -> None:
     """Read lines from stdin and answer each, until its end."""
     messages = [{"role": "system", "content": options.system}] if options.system else []
     while line := _read_line():
