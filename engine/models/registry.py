@@ -1,6 +1,6 @@
 """Which class runs which architecture."""
 
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from engine.errors import CheckpointError
 from engine.models.decoder import ModelClass
@@ -32,12 +32,10 @@ def find_model(architectures: tuple[str, ...]) -> ModelClass:
     Raises:
         CheckpointError: none is known, or the package's class cannot be imported.
     """
-    installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     for architecture in architectures:
         if architecture in _MODELS:
             return _MODELS[architecture]
-        if architecture in installed:
-            point = installed[architecture]
+        if (point := _installed().get(architecture)) is not None:
             try:
                 _MODELS[architecture] = point.load()
             except (ImportError, AttributeError) as error:
@@ -45,8 +43,13 @@ def find_model(architectures: tuple[str, ...]) -> ModelClass:
                     f"architecture {architecture} is {point.value} of an installed package, which fails: {error}"
                 ) from error
             return _MODELS[architecture]
-    known = ", ".join(sorted({*_MODELS, *installed}))
+    known = ", ".join(sorted({*_MODELS, *_installed()}))
     raise CheckpointError(
         f"config.json: architecture {', '.join(architectures)} is not supported; expected {known}, or one that an "
         "installed package adds: see docs/custom-models.md"
     )
+
+
+def _installed() -> dict[str, EntryPoint]:
+    """By architecture. It takes some milliseconds: every installed package is looked at."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
