@@ -30,6 +30,8 @@ _SIGNATURES = {
     "linear": "ppppnnn",
     "linear_int8": "pppppnnn",
     "linear_int4": "ppppppnnn",
+    "linear_q8_0": "pppppnnn",
+    "linear_q4_0": "pppppnnn",
     "paged_attention": "ppppppp" + "nnnnnnnx",
 }
 """p: pointer, n: whole number, x: number."""
@@ -166,6 +168,18 @@ def linear_int4(x: Tensor, weight: Tensor, scale_zero: Tensor, bias: Tensor | No
     pointers = (x.data_ptr(), sums.data_ptr(), weight.data_ptr(), scale_zero.data_ptr())
     bias_pointer = None if bias is None else bias.data_ptr()
     function(*pointers, bias_pointer, output.data_ptr(), num_rows, in_features, out_features)
+    return output
+
+
+def linear_blocks(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
+    """As kernels.weight_only_blocks.weight_only_blocks, in an order that no other row changes."""
+    function = _operation("linear_q4_0" if weight.dtype == torch.uint8 else "linear_q8_0", x.dtype)
+    (num_rows, in_features), out_features = x.shape, weight.shape[0]
+    if function is None or out_features % LANES or not x.is_contiguous():
+        return None
+    output = torch.empty(num_rows, out_features, dtype=x.dtype)
+    pointers = (x.data_ptr(), weight.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr())
+    function(*pointers, output.data_ptr(), num_rows, in_features, out_features)
     return output
 
 

@@ -10,6 +10,7 @@ planes 0 and 1 are the span's first group, 2 and 3 its second. A thread's 16-byt
 then give 8 consecutive inputs of a plane, already in 16-bit lanes as matrix instructions want them.
 Scales and zeros (`pack_scale_zero`) are int32 [groups, channels], one coalesced load for a tile of channels: float16
 bits of the scale in the upper half, the zero in the lower. Padding has scale 0.
+What GGUF files hold in 8 and 4 bits is described in kernels/weight_only_blocks.py.
 """
 
 import torch
@@ -26,6 +27,10 @@ SPAN = 256
 """Inputs that are packed together."""
 WORDS = SPAN // 4
 """int16 words of a span."""
+BLOCK = 32
+"""Inputs that share a scale in GGUF's Q8_0 and Q4_0."""
+WIDENED_AT_ONCE = 2**20
+"""Weights of such blocks that are widened in one go: bounds the float32 copies that this takes."""
 
 
 def quantize_int8_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +121,19 @@ def unpack_scale_zero(scale_zero: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse of `pack_scale_zero`, padding included: → (float16 [N, G], uint8 [N, G])."""
     bits = scale_zero.t()
     return (bits >> 16).to(torch.int16).view(torch.float16), (bits & 15).to(torch.uint8)
+
+
+def dequantize_blocks(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight: codes, int8 [N, K] of Q8_0 or uint8 [N, K/2] of Q4_0; scale: [K/32, N] → [N, K] of `dtype`."""
+    wide = torch.empty(weight.shape[0], scale.shape[0] * BLOCK, dtype=dtype, device=weight.device)
+    rows = max(1, WIDENED_AT_ONCE // wide.shape[1])
+    parts = zip(wide.split(rows), weight.split(rows), scale.t().split(rows), strict=True)
+    for part, codes, scales in parts:
+        blocks = codes.unflatten(1, (scale.shape[0], -1))
+        if weight.dtype == torch.uint8:
+            blocks = torch.cat((blocks & 15, blocks >> 4), dim=2).to(torch.int8) - 8
+        torch.mul(blocks, scales.float().unsqueeze(2), out=part.unflatten(1, (-1, BLOCK)))
+    return wide
 
 
 def _scale(largest: Tensor, code_max: float) -> Tensor:

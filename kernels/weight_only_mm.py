@@ -54,7 +54,7 @@ def _dot(x: tl.tensor, weight: tl.tensor, total: tl.tensor, SWAP: tl.constexpr) 
 
 
 @triton.jit
-def _store(
+def store_rows(
     y_ptr: tl.tensor,  # [num_rows, N] contiguous
     bias_ptr: tl.tensor,  # [N] or None
     result: tl.tensor,  # [BLOCK_M, BLOCK_N] float32
@@ -63,6 +63,7 @@ def _store(
     mask: tl.tensor,
     N: tl.constexpr,
 ) -> None:
+    """Add the bias and round to y's dtype."""
     if bias_ptr is not None:
         result += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + rows[:, None] * N + columns[None, :], result.to(y_ptr.dtype.element_ty), mask=mask)
@@ -107,7 +108,7 @@ def _weight_only_8bit_kernel(
     scale = tl.load(scale_ptr + columns, mask=columns < N, other=0.0)
     total, is_last = combine_splits(total, parts_ptr, counters_ptr, tile, split, total.shape[0], total.shape[1], SPLITS)
     result = (tl.trans(total) if SWAP else total) * scale[None, :]
-    _store(y_ptr, bias_ptr, result, rows, columns, x_mask & (columns < N)[None, :] & is_last, N)
+    store_rows(y_ptr, bias_ptr, result, rows, columns, x_mask & (columns < N)[None, :] & is_last, N)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -167,7 +168,7 @@ def _weight_only_int4_kernel(
         group_ptrs += 2 * N
     total, is_last = combine_splits(total, parts_ptr, counters_ptr, tile, split, total.shape[0], total.shape[1], SPLITS)
     result = tl.trans(total) if SWAP else total
-    _store(y_ptr, bias_ptr, result, rows, columns, x_mask & is_channel[None, :] & is_last, N)
+    store_rows(y_ptr, bias_ptr, result, rows, columns, x_mask & is_channel[None, :] & is_last, N)
 
 
 def weight_only_config(num_rows: int, bits: int, shared_memory: int) -> tuple[int, int, int, bool, int, int]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.parallel.share import Share, whole
-from kernels.quantize_weights import GROUP, SCALE_BLOCK, SPAN, WORDS
+from kernels.quantize_weights import BLOCK, GROUP, SCALE_BLOCK, SPAN, WORDS
 from kernels.scaled_mm_fp8 import scaled_mm_fp8
+from kernels.weight_only_blocks import BLOCK_BYTES, weight_only_blocks
 from kernels.weight_only_mm import weight_only_mm
 
 
@@ -148,3 +149,39 @@ class Int4Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return weight_only_mm(x, self.weight, self.scale_zero, self.bias)
+
+
+class BlockLinear(QuantizedLinear):
+    """Codes of GGUF files, 32 inputs of a channel with a float16 scale; activations stay as they are."""
+
+    in_multiple = BLOCK
+    codes_dtype: ClassVar[torch.dtype]
+    scale: nn.Parameter
+
+    @classmethod
+    def stored(cls, out_features: int, in_features: int) -> dict[str, Stored]:
+        blocks = in_features // BLOCK
+        return {
+            "weight": Stored((out_features, blocks * BLOCK_BYTES[cls.codes_dtype]), cls.codes_dtype),
+            "scale": Stored((out_features, blocks), torch.float16),
+        }
+
+    def after_loading(self) -> None:
+        """The kernel reads a block's scales for many channels at once, so blocks come first."""
+        super().after_loading()
+        self.scale.data = self.scale.data.t().contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return weight_only_blocks(x, self.weight, self.scale, self.bias)
+
+
+class Q8Linear(BlockLinear):
+    """Q8_0: codes of 8 bits."""
+
+    codes_dtype = torch.int8
+
+
+class Q4Linear(BlockLinear):
+    """Q4_0: codes of 4 bits, two to a byte."""
+
+    codes_dtype = torch.uint8

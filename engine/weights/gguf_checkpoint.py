@@ -1,4 +1,4 @@
-"""Weights in a GGUF file, dequantized as they are read."""
+"""Weights in a GGUF file, dequantized as they are read unless they are to stay quantized."""
 
 import math
 from collections.abc import Iterator
@@ -74,9 +74,20 @@ class GgufCheckpoint:
                 self._found[name] = part
                 self.tensors[name] = TensorInfo(path.name, part.shape, _PLAIN.get(part.type_id, dtype))
 
+    def type_of(self, name: str) -> int:
+        """ggml's number of the type that a tensor has in the file."""
+        return self._found[name].type_id
+
+    def keep_quantized(self, name: str) -> None:
+        """From now on the matrix is, and is read as, the file's own blocks: uint8 [rows, blocks, bytes of a block]."""
+        tensor = self._found[name]
+        elements, num_bytes = _block(tensor.type_id)
+        rows, columns = tensor.shape
+        self.tensors[name] = TensorInfo(self._path.name, (rows, columns // elements, num_bytes), torch.uint8)
+
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU; plain types as a view into the mapped file."""
-        values = self._read(self._found[name])
+        """The tensor on the CPU; plain types, and what stays quantized, as a view into the mapped file."""
+        values = self._read(self._found[name], self.tensors[name])
         num_heads = self._heads.get(name.rpartition(".")[0].rpartition(".")[2])
         if num_heads is None:
             return values
@@ -87,8 +98,10 @@ class GgufCheckpoint:
         # Pairs that are rotated together are neighbours there; here, one is half a head after the other.
         return values.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
-    def _read(self, tensor: GgufTensor) -> torch.Tensor:
+    def _read(self, tensor: GgufTensor, info: TensorInfo) -> torch.Tensor:
         raw = self._data[tensor.offset : tensor.offset + _num_bytes(tensor)]
+        if info.dtype == torch.uint8:
+            return torch.from_numpy(raw).view(info.shape)
         plain = _PLAIN.get(tensor.type_id)
         if plain is not None:
             return torch.from_numpy(raw).view(plain).view(tensor.shape)

@@ -12,6 +12,8 @@ from engine.models.registry import find_model
 from engine.parallel.group import TensorParallel
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.dummy_checkpoint import DummyCheckpoint
+from engine.weights.gguf_checkpoint import GgufCheckpoint
+from engine.weights.gguf_quantized import keep_quantized
 from engine.weights.loader import load_weights
 from engine.weights.open_checkpoint import open_checkpoint
 from engine.weights.quantization import choose_quantization
@@ -41,5 +43,7 @@ def load_model(
     quantization = choose_quantization(config, model_config, device, dtype)
     if quantization is not None:
         checkpoint = quantize(model, checkpoint, quantization, device)
+    elif isinstance(checkpoint, GgufCheckpoint):
+        checkpoint = keep_quantized(model, checkpoint, device, dtype)
     load_weights(model, checkpoint, device, dtype, config.show_progress)
     return model

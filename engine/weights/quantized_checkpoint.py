@@ -10,19 +10,18 @@ from engine.errors import CheckpointError, ConfigError
 from engine.layers.linear import Linear
 from engine.layers.moe import ExpertWeights
 from engine.layers.quantized_experts import QuantizedExperts
-from engine.layers.quantized_linear import QuantizedLinear
 from engine.parallel.share import Share
 from engine.weights.checkpoint import Checkpoint, TensorInfo
 from engine.weights.messages import dtype_text, shape_text, shown
 from engine.weights.quantization import Quantization
-from engine.weights.quantized_formats import Axis, Expected
+from engine.weights.quantized_formats import Axis, Expected, Format
 
 OUTPUT_PROJECTION = "lm_head"
 """Never quantized, nor are embeddings and norms."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """One weight of the checkpoint: a linear layer, or one of those that a packed layer computes at once."""
 
     name: str
@@ -56,8 +55,8 @@ class QuantizedCheckpoint:
 
     Args:
         source: the checkpoint as it lies on disk.
-        parts: the quantized weights in it.
-        quantization: how they are stored.
+        parts: the quantized weights in it, and how they are stored.
+        label: for messages, what says that they are quantized.
         device: where they are converted.
 
     Raises:
@@ -65,25 +64,23 @@ class QuantizedCheckpoint:
         ConfigError: ranks' shares are no whole groups of the quantization.
     """
 
-    def __init__(
-        self, source: Checkpoint, parts: list[_Part], quantization: Quantization, device: torch.device
-    ) -> None:
-        self._source, self._format, self._device = source, quantization.format, device
+    def __init__(self, source: Checkpoint, parts: Mapping[Part, Format], label: str, device: torch.device) -> None:
+        self._source, self._device = source, device
         problems: list[str] = []
-        self._parts = {part.name: part for part in parts}
+        self._parts = {part.name: (part, stored) for part, stored in parts.items()}
         self._sources: dict[str, dict[str, Expected]] = {}
         converted: dict[str, dict[str, TensorInfo]] = {}
         part_of: dict[str, str] = {}
-        for part in parts:
-            expected = self._format.expected(part.out_features, part.inputs.whole)
-            problems += _problems(source.tensors, part, expected, quantization.label)
+        for part, stored in parts.items():
+            expected = stored.expected(part.out_features, part.inputs.whole)
+            problems += _problems(source.tensors, part, expected, label)
             self._sources[part.name] = {
                 name: each for name, each in expected.items() if f"{part.name}.{name}" in source.tensors
             }
             part_of |= {f"{part.name}.{name}": part.name for name in self._sources[part.name]}
             converted[part.name] = {
-                f"{part.name}.{name}": TensorInfo("", *stored)
-                for name, stored in self._format.layer.stored(
+                f"{part.name}.{name}": TensorInfo("", *each)
+                for name, each in stored.layer.stored(
                     sum(share.size for share in part.outputs), part.inputs.size
                 ).items()
             }
@@ -107,7 +104,7 @@ class QuantizedCheckpoint:
             CheckpointError: the data cannot be read, or cannot be what it should be.
         """
         part, _, attribute = name.rpartition(".")
-        if part not in self._sources or attribute not in self._format.layer.stored(1, 1):
+        if part not in self._parts or attribute not in self._parts[part][1].layer.stored(1, 1):
             return self._source.read(name)
         if name not in self._converted:
             self._converted = self._convert(part)
@@ -115,12 +112,13 @@ class QuantizedCheckpoint:
 
     def _convert(self, part: str) -> dict[str, Tensor]:
         expected = self._sources[part]
+        weight, stored = self._parts[part]
         tensors = {
-            name: self._parts[part].take(self._source.read(f"{part}.{name}"), axes).to(self._device)
+            name: weight.take(self._source.read(f"{part}.{name}"), axes).to(self._device)
             for name, (_, _, axes, _) in expected.items()
         }
         try:
-            return {f"{part}.{name}": tensor for name, tensor in self._format.convert(tensors).items()}
+            return {f"{part}.{name}": tensor for name, tensor in stored.convert(tensors).items()}
         except ValueError as error:
             file = self._source.tensors[f"{part}.{next(iter(expected))}"].file
             raise CheckpointError(f"{file}: {shown(part)}: {error}") from None
@@ -140,11 +138,8 @@ def quantize(
         CheckpointError: the checkpoint does not hold what its quantization needs.
         ConfigError: ranks' shares of a layer are no whole groups of the quantization.
     """
-    parts: list[_Part] = []
-    for path, layer in list(model.named_modules()):
-        if not isinstance(layer, (Linear, ExpertWeights)) or path == OUTPUT_PROJECTION:
-            continue
-        found = _parts(model, path, layer, checkpoint.tensors)
+    parts: dict[Part, Format] = {}
+    for path, layer, found in quantizable_layers(model, checkpoint.tensors):
         covered = {quantization.covers(part.name) for part in found}
         if len(covered) == 2:
             some = ", ".join(part.name for part in found[:3]) + (", …" if len(found) > 3 else "")
@@ -154,53 +149,62 @@ def quantize(
             )
         if covered == {False}:
             continue
-        parts += found
+        parts |= dict.fromkeys(found, quantization.format)
         try:
-            with torch.device("meta"):
-                quantized = _quantized(layer, quantization.format.layer)
-            _check_groups(found, quantization)
+            swap(model, path, layer, found, quantization.format)
         except ValueError as error:
             message = f"{path} cannot be quantized ({quantization.label}): {error}"
             if any(share.size < share.whole for share in (layer.inputs, *layer.outputs)):
                 raise ConfigError(f"{message}: lower tensor_parallel_size") from None
             raise CheckpointError(message) from None
-        model.set_submodule(path, quantized)
-    return QuantizedCheckpoint(checkpoint, parts, quantization, device)
+    return QuantizedCheckpoint(checkpoint, parts, quantization.label, device)
 
 
-def _quantized(layer: Linear | ExpertWeights, kind: type[QuantizedLinear]) -> nn.Module:
-    """What takes the place of a layer. Raises ValueError for sizes that do not fit."""
-    if isinstance(layer, ExpertWeights):
-        return QuantizedExperts(kind, layer.num_experts, layer.inputs, layer.parts)
-    return kind(layer.inputs, layer.outputs, layer.bias is not None)
+def quantizable_layers(
+    model: nn.Module, tensors: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, Linear | ExpertWeights, list[Part]]]:
+    """Each layer that may be quantized: its name, itself, and the weights of the checkpoint that fill it."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, (Linear, ExpertWeights)) and path != OUTPUT_PROJECTION:
+            yield path, layer, _parts(model, path, layer, tensors)
 
 
-def _parts(
-    model: nn.Module, path: str, layer: Linear | ExpertWeights, tensors: Mapping[str, TensorInfo]
-) -> list[_Part]:
+def swap(model: nn.Module, path: str, layer: Linear | ExpertWeights, parts: list[Part], stored: Format) -> None:
+    """Put a quantized layer in the place of `layer`. Raises ValueError, and does not, for sizes that do not fit."""
+    quantized: nn.Module
+    with torch.device("meta"):
+        if isinstance(layer, ExpertWeights):
+            quantized = QuantizedExperts(stored.layer, layer.num_experts, layer.inputs, layer.parts)
+        else:
+            quantized = stored.layer(layer.inputs, layer.outputs, layer.bias is not None)
+    _check_groups(parts, stored)
+    model.set_submodule(path, quantized)
+
+
+def _parts(model: nn.Module, path: str, layer: Linear | ExpertWeights, tensors: Mapping[str, TensorInfo]) -> list[Part]:
     """The checkpoint's weights that fill a layer."""
     prefix = "" if any(name.startswith("model.") for name in tensors) else "model."
     path = path.removeprefix(prefix)
     parent, _, leaf = path.rpartition(".")
     leaves = getattr(model, "packed_parameters", {}).get(leaf, ())
     if not leaves or any(name.startswith(f"{path}.") for name in tensors):
-        return [_Part(path, layer.outputs, layer.inputs)]
+        return [Part(path, layer.outputs, layer.inputs)]
     return [
-        _Part(f"{parent}.{leaf}", (output,), layer.inputs) for leaf, output in zip(leaves, layer.outputs, strict=True)
+        Part(f"{parent}.{leaf}", (output,), layer.inputs) for leaf, output in zip(leaves, layer.outputs, strict=True)
     ]
 
 
-def _check_groups(parts: list[_Part], quantization: Quantization) -> None:
+def _check_groups(parts: list[Part], stored: Format) -> None:
     """Raise ValueError unless ranks' shares are whole words, groups and blocks of the checkpoint's tensors."""
     for part in parts:
-        for expected in quantization.format.expected(part.out_features, part.inputs.whole).values():
+        for expected in stored.expected(part.out_features, part.inputs.whole).values():
             for axis in expected.axes:
                 for share in part.outputs if axis.of == "outputs" else (part.inputs,):
                     share.span(axis.per)
 
 
 def _problems(
-    tensors: Mapping[str, TensorInfo], part: _Part, expected: Mapping[str, Expected], label: str
+    tensors: Mapping[str, TensorInfo], part: Part, expected: Mapping[str, Expected], label: str
 ) -> Iterator[str]:
     """What is wrong with the tensors of one quantized weight."""
     for leaf, (shapes, dtypes, _, is_optional) in expected.items():

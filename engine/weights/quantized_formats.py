@@ -6,8 +6,18 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from engine.layers.quantized_linear import Fp8BlockLinear, Fp8Linear, Int4Linear, Int8Linear, QuantizedLinear
+from engine.layers.quantized_linear import (
+    BlockLinear,
+    Fp8BlockLinear,
+    Fp8Linear,
+    Int4Linear,
+    Int8Linear,
+    Q4Linear,
+    Q8Linear,
+    QuantizedLinear,
+)
 from kernels.quantize_weights import (
+    BLOCK,
     GROUP,
     SCALE_BLOCK,
     pack_int4,
@@ -170,6 +180,34 @@ class Gptq:
         if group_of is not None and not torch.equal(group_of.cpu(), torch.arange(len(group_of)).int() // GROUP):
             raise ValueError("g_idx permutes the inputs, expected groups of 128 in order (desc_act: false)")
         return _as_int4(codes, _finite(tensors, "scales").t(), (zeros + self._zero_offset) & 15)
+
+
+class GgufBlocks:
+    """Blocks of a GGUF file, the scale in front of the codes of 32 inputs: Q8_0 or Q4_0.
+
+    Args:
+        layer: which of them.
+        num_bytes: of a block.
+    """
+
+    def __init__(self, layer: type[BlockLinear], num_bytes: int) -> None:
+        self.layer: type[QuantizedLinear] = layer
+        self._codes_dtype = layer.codes_dtype
+        self._num_bytes = num_bytes
+
+    def expected(self, out_features: int, in_features: int) -> dict[str, Expected]:
+        shape = (out_features, in_features // BLOCK, self._num_bytes)
+        return {"weight": Expected((shape,), (torch.uint8,), (OUTPUTS, Axis("inputs", BLOCK)))}
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        blocks = tensors["weight"]
+        scale = blocks[:, :, :2].contiguous().view(torch.float16).squeeze(2)
+        codes = blocks[:, :, 2:].flatten(1)
+        return {"weight": codes.view(self._codes_dtype), "scale": _finite({"blocks' scale": scale}, "blocks' scale")}
+
+
+GGUF_BLOCKS: Mapping[int, GgufBlocks] = {2: GgufBlocks(Q4Linear, 18), 8: GgufBlocks(Q8Linear, 34)}
+"""By ggml's number of the type: Q4_0, Q8_0."""
 
 
 def _words(out_features: int) -> int:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from engine import LLM, CheckpointError
+from engine.layers.quantized_linear import BlockLinear, Q4Linear, Q8Linear
+from engine.weights import gguf_quantized
 from engine.weights.gguf_checkpoint import GgufCheckpoint
 from engine.weights.gguf_folder import gguf_folder
 from kernels.cpu_build import load_library
@@ -136,6 +138,33 @@ def test_logits_equal_those_of_transformers(tmp_path, family):
     torch.testing.assert_close(llm.logits(PROMPT), expected, atol=1e-4, rtol=1e-3)
     encoded = llm.tokenizer.encode("a 12345 b", add_special_tokens=True)
     assert (encoded[0] == llm.tokenizer.token_to_id("<|im_start|>")) == family.startswith("llama")
+
+
+KINDS = {name: gguf.GGMLQuantizationType[name] for name in ("Q8_0", "Q4_0")}
+BLOCK_LAYERS = {"Q8_0": Q8Linear, "Q4_0": Q4Linear}
+
+
+def gguf_logits(path, dtype="float32"):
+    llm = LLM(str(path), dtype=dtype, kv_cache_memory=2**22, show_progress=False, device="cpu")
+    return llm.logits(PROMPT), llm.engine.runner.model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3moe"])
+def test_logits_of_kept_blocks_are_those_of_dequantized_ones(tmp_path, monkeypatch, family, kind):
+    """Biases of Qwen2, reordered rows of Llama, experts that are dequantized: layers compute with the file's codes."""
+    path, _ = write(tmp_path, family, KINDS[kind])
+    kept, model = gguf_logits(path)
+    narrow, _ = gguf_logits(path, "bfloat16")
+    layers = [name for name, module in model.named_modules() if type(module) is BLOCK_LAYERS[kind]]
+    expected = ["qkv_proj", "o_proj"] + (["gate_up_proj", "down_proj"] if family != "qwen3moe" else [])
+    assert {name.rpartition(".")[2] for name in layers} == set(expected)
+    assert len(layers) == len(expected) * len(model.model.layers)
+    monkeypatch.setattr(gguf_quantized, "GGUF_BLOCKS", {})
+    wide, model = gguf_logits(path)
+    assert not any(isinstance(module, BlockLinear) for module in model.modules())
+    torch.testing.assert_close(kept, wide, atol=1e-4, rtol=1e-4)
+    assert (narrow.float() - wide).abs().mean() < 0.05 * wide.abs().mean()
 
 
 def test_quantized_experts_are_read_one_by_one(tmp_path):
