@@ -13,12 +13,18 @@ NO_TORCH = tuple(
         "request",
         "request_checks",
         "block_pool",
+        "block_residency",
         "scheduler",
         "block_forecast",
+        "speculation",
+        "lora/handle",
+        "output_buffer",
         "stats",
         "config",
         "errors",
         "grammar",
+        "tokenizer",
+        "detokenizer",
     )
 )
 FORBIDDEN = {
@@ -26,6 +32,10 @@ FORBIDDEN = {
     "engine": {"ray", "fastapi", "starlette", "transformers"},
     "serve_app": {"transformers"},
     "cluster": {"torch", "transformers"},
+}
+USE_ENVIRONMENT = {
+    "engine/config.py",
+    "serve_app/grammar_checker.py",  # hands it on to its process
 }
 MODULES = sorted(
     path
@@ -59,3 +69,14 @@ def test_imports_go_down(path):
 @pytest.mark.parametrize("name", NO_TORCH)
 def test_control_plane_has_no_torch(name):
     assert not {module.split(".")[0] for module in imported(ROOT / name)} & {"torch", "triton"}
+
+
+def test_the_environment_is_read_by_configuration_alone():
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute | ast.alias)
+        and (node.attr if isinstance(node, ast.Attribute) else node.name) in {"environ", "environb", "getenv"}
+    }
+    assert found == USE_ENVIRONMENT
