@@ -43,7 +43,7 @@ async def collect(engine: AsyncEngine, source: EngineRequest) -> RequestOutput:
 
 
 async def until_idle(engine: AsyncEngine) -> None:
-    for _ in range(1000):
+    for _ in range(30_000):
         if engine.stats().num_running == engine.stats().num_waiting == engine.stats().num_owned_blocks == 0:
             return
         await asyncio.sleep(0.002)
@@ -63,8 +63,9 @@ async def test_a_slow_reader_gets_everything_merged(engine):
     first = await anext(stream)
     await until_idle(engine)
     rest = [output async for output in stream]
-    assert len(rest) == 1 and rest[0].finish_reason is FinishReason.LENGTH
-    assert len(first.token_ids) + len(rest[0].token_ids) == 300
+    outputs = [first, *rest]
+    assert len(outputs) <= 2 and outputs[-1].finish_reason is FinishReason.LENGTH
+    assert sum(len(output.token_ids) for output in outputs) == 300
 
 
 async def test_leaving_the_iteration_aborts(engine):
@@ -76,8 +77,8 @@ async def test_leaving_the_iteration_aborts(engine):
 
 
 async def test_cancelling_a_waiting_request_aborts_it(engine):
-    long = [asyncio.create_task(collect(engine, request(f"long{i}", max_tokens=300))) for i in range(4)]
-    waiting = asyncio.create_task(collect(engine, request("waiting", max_tokens=300)))
+    long = [asyncio.create_task(collect(engine, request(f"long{i}", max_tokens=400))) for i in range(4)]
+    waiting = asyncio.create_task(collect(engine, request("waiting", max_tokens=400)))
     while engine.stats().num_running < 4 or engine.stats().num_waiting < 1:
         await asyncio.sleep(0.001)
     assert engine.request_state("waiting").status is RequestStatus.WAITING

@@ -37,6 +37,7 @@ class Behind:
         self.measured = IngressMetrics(self.config)
         self.may_end = asyncio.Event()
         self.may_end.set()
+        self.num_begun = 0
 
     async def health(self) -> Response:
         return Response("behind the gate")
@@ -47,6 +48,7 @@ class Behind:
         return Response(f"behind the gate, {name}")
 
     async def generate(self, request: Request, *arguments: Any) -> Response:
+        self.num_begun += 1
         await self.may_end.wait()
         return Response(f"behind the gate, {caller_of(request).name}")
 
@@ -235,7 +237,8 @@ async def test_a_key_has_so_many_requests_at_a_time():
     guarded = build_http_app(behind)
     chat = ("POST", "/v1/chat/completions")
     open_requests = [asyncio.create_task(send(guarded, *chat, ALICE)) for _ in range(2)]
-    await asyncio.sleep(0.01)
+    while behind.num_begun < 2:
+        await asyncio.sleep(0)
     refused = await send(guarded, headers=ALICE)
     assert refused.status == 429 and int(refused.headers["retry-after"]) >= 1
     assert refused.error()["type"] == "rate_limit_error"
