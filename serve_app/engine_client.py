@@ -113,7 +113,10 @@ class EngineClient:
             ApiError: no replica is ready.
         """
         try:
-            return await self._adapters.remote()
+            async with asyncio.timeout(ROUTING_TIMEOUT_S):
+                return await self._adapters.remote()
+        except TimeoutError:
+            raise unavailable() from None
         except FAILURES as error:
             raise _error_of(error) from None
 

@@ -303,6 +303,18 @@ async def test_one_that_has_not_begun_is_told_that_there_is_no_replica(
     assert error.value.status == 503 and not client.fleet.attempts
 
 
+async def test_whoever_asks_for_adapters_is_told_that_there_is_no_replica(monkeypatch: pytest.MonkeyPatch):
+    async def forever() -> list[str]:
+        await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(engine_client, "ROUTING_TIMEOUT_S", 0.05)
+    client: Any = SimpleNamespace(_adapters=SimpleNamespace(remote=forever))
+    with pytest.raises(ApiError) as caught:
+        await EngineClient.adapters(client)
+    assert caught.value.status == 503 and caught.value.retry_after_s
+
+
 async def test_leaving_aborts(client: EngineClient, hosts: Hosts):
     tasks = await start(client, *REQUESTS)
     for task in tasks:
