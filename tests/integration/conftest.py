@@ -49,9 +49,18 @@ class TwoModels(Server):
 @pytest.fixture(scope="session")
 def two_models() -> Iterator[Server]:
     folder = Path(tempfile.mkdtemp(prefix="q3m-"))
-    with TwoModels(folder, MAKE_SERVE, {"kv_cache_memory": "64MiB", "max_num_seqs": 4, "num_threads": 1}) as running:
+    make_wordy_demo(folder / "model")
+    engine = {"model": str(folder / "model"), "kv_cache_memory": "64MiB", "max_num_seqs": 4, "num_threads": 1}
+    with TwoModels(folder, MAKE_SERVE, engine, service={"served_model_name": "demo"}) as running:
         yield running
     shutil.rmtree(folder)
+
+
+def make_wordy_demo(path: Path) -> None:
+    """The demo model with as much to tell about its tokenizer as large models have: more than gRPC's 4 MiB."""
+    shutil.copytree(resolve_model("demo"), path, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_comment": "x" * 6_000_000}))
 
 
 def make_demo_adapter(path: Path, seed: int) -> None:
