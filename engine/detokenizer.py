@@ -64,24 +64,23 @@ class _WindowDecoder:
         return "".join(map(self._push_one, token_ids))
 
     def flush(self) -> str:
-        return self._take()
+        return self._take(self._decode(self._window))
 
     def _push_one(self, token_id: int) -> str:
         if not self._tokenizer.token_bytes(token_id):
             return ""
         self._window.append(token_id)
-        num_pending = len(self._window) - self._num_shown
-        if self._decode(self._window).endswith(_REPLACEMENT) and num_pending < _MAX_CHARACTER_TOKENS:
+        text = self._decode(self._window)
+        if text.endswith(_REPLACEMENT) and len(self._window) - self._num_shown < _MAX_CHARACTER_TOKENS:
             return ""
-        return self._take()
+        return self._take(text)
 
-    def _take(self) -> str:
-        """Text of the pending ids, which become the new beginning of the window."""
-        shown, pending = self._window[: self._num_shown], self._window[self._num_shown :]
-        before, after = self._decode(shown), self._decode(self._window)
+    def _take(self, text: str) -> str:
+        """Of the window's text the part of the pending ids, which become the new beginning of the window."""
+        before, pending = self._decode(self._window[: self._num_shown]), self._window[self._num_shown :]
         self._window, self._num_shown = pending, len(pending)
         # A run of bytes that turns out to be no UTF-8 changes the text of its beginning, which is out already.
-        return after[len(before) :] if after.startswith(before) else self._decode(pending)
+        return text[len(before) :] if text.startswith(before) else self._decode(pending)
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
