@@ -125,10 +125,6 @@ class EngineReplica:
         """For Ray, which hands it to the autoscaling policy: see LoadReport."""
         return self._load.measure(self._engine.stats(), time.monotonic())
 
-    async def request_state(self, request_id: str) -> dict[str, object] | None:
-        """RequestState of a live or recently ended request as a dict."""
-        return msgspec.to_builtins(self._engine.request_state(request_id))
-
     async def check_health(self) -> None:
         """Raise if the engine has died: Ray then replaces this replica."""
         self._engine.check_health()

@@ -163,7 +163,6 @@ async def test_it_tells_all_that_an_ingress_needs(replica: Any):
     assert not any("safetensors" in name for name in info.files)
     assert info.fingerprint.startswith("fp_")
     assert (await replica.stats())["num_running"] == 0
-    assert await replica.request_state("nobody") is None
 
 
 async def test_why_it_cannot_start_is_said_in_the_terminal(capfd: pytest.CaptureFixture[str]):
