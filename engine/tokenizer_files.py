@@ -80,4 +80,5 @@ def is_library_failure(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
+    """What a library's error says, for a message of our own: without line breaks, and at most 300 characters."""
     return " ".join(str(error).split())[:300]
