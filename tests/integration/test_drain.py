@@ -66,14 +66,14 @@ def test_a_new_version_in_place_of_the_old_one(own: Server):
     new.write_text(yaml.safe_dump(values))
     dashboard = re.search(r"http://127\.0\.0\.1:\d+", own.log.read_text())
     assert dashboard is not None
-    before = set(own.processes_named("ServeReplica:qwen3:EngineReplica"))
+    before = set(own.processes_named("ServeReplica:qwen3"))
     serve = str(Path(sys.executable).with_name("serve"))
     with streams(own.url):
         command = [serve, "deploy", "--address", dashboard.group(), str(new)]
         subprocess.run(command, env=own.driver()[1], check=True, capture_output=True, timeout=PATIENCE_S)
     deadline = time.monotonic() + PATIENCE_S
-    while before & set(own.processes_named("ServeReplica:qwen3:EngineReplica")):
-        assert time.monotonic() < deadline, "the old replica is still there"
+    while before & set(own.processes_named("ServeReplica:qwen3")):
+        assert time.monotonic() < deadline, "the old ones are still there"
         time.sleep(0.2)
     while httpx.get(f"{own.url}/health", timeout=60).status_code != 200:
         assert time.monotonic() < deadline, "the new version is not ready"
