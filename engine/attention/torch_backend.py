@@ -4,6 +4,7 @@ The query heads that share a KV head are folded into the query length, so keys a
 never repeated.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ class Piece:
     block_ids: Tensor
     num_keys: int
     mask: Tensor | None  # [num_requests, query_len, num_keys] bool, True where attended; None: everything
+    num_unmasked: int = 0  # the first keys, which all queries attend to and which the mask leaves out
 
 
 class TorchAttention:
@@ -115,20 +117,24 @@ class TorchAttention:
         query_len, context_len = int(batch.query_lens[request]), int(batch.context_lens[request])
         start = int(batch.query_starts[request])
         num_before = context_len - query_len
-        span = max(1, MASK_ELEMENTS // context_len)
+        # On CPUs without a window, the mask is of the span's own keys alone.
+        splits = self.device.type == "cpu" and window is None
+        span = math.isqrt(MASK_ELEMENTS) if splits else max(1, MASK_ELEMENTS // context_len)
         pieces = []
         for first in range(0, query_len, span):
             last = min(first + span, query_len)
             end = num_before + last
             unseen = 0 if window is None else max(num_before + first - window + 1, 0) // self.block_size  # blocks
             blocks = batch.block_tables[request, unseen : -(-end // self.block_size)]
-            keys = np.arange(unseen * self.block_size, end)
+            num_unmasked = num_before + first if splits else 0
+            keys = np.arange(unseen * self.block_size + num_unmasked, end)
             queries = np.arange(num_before + first, end)[:, None]
             mask = keys <= queries
             if window is not None:
                 mask &= keys > queries - window
             rows = self._tensor(np.arange(start + first, start + last))
-            pieces.append(Piece(rows, 1, blocks, len(keys), self._tensor(mask).unsqueeze(0)))
+            num_keys = num_unmasked + len(keys)
+            pieces.append(Piece(rows, 1, blocks, num_keys, self._tensor(mask).unsqueeze(0), num_unmasked))
         return pieces
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -152,10 +158,27 @@ def _attend(query: Tensor, k_cache: Tensor, v_cache: Tensor, piece: Piece) -> Te
     folded = folded.reshape(num_requests, num_kv_heads, group * query_len, head_dim)
     mask = piece.mask
     if mask is not None:
-        mask = mask.unsqueeze(1).expand(-1, group, -1, -1).reshape(num_requests, 1, group * query_len, piece.num_keys)
-    output = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
+        mask = mask.unsqueeze(1).expand(-1, group, -1, -1).reshape(num_requests, 1, group * query_len, mask.shape[2])
+    if piece.num_unmasked and mask is not None:
+        output = _attend_in_two(folded, keys, values, mask, piece.num_unmasked)
+    else:
+        output = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
     output = output.view(num_requests, num_kv_heads, group, query_len, head_dim).permute(0, 3, 1, 2, 4)
     return output.reshape(num_rows, num_heads, head_dim)
+
+
+def _attend_in_two(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, num_unmasked: int) -> Tensor:
+    """Attention on a CPU over keys without a mask and the rest with one, several times as fast as with a mask for all.
+
+    The operation is the one that scaled_dot_product_attention runs there; it also gives the logarithms of the sums of
+    weights, by which the two results are put together.
+    """
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    first, first_sum = attend(query, keys[:, :, :num_unmasked], values[:, :, :num_unmasked])
+    unseen = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    last, last_sum = attend(query, keys[:, :, num_unmasked:], values[:, :, num_unmasked:], attn_mask=unseen)
+    share = torch.sigmoid(first_sum - last_sum).unsqueeze(-1)
+    return torch.lerp(last.float(), first.float(), share.float()).to(query.dtype)
 
 
 def _gather(cache: Tensor, block_ids: Tensor) -> Tensor:
