@@ -117,8 +117,9 @@ class TorchAttention:
         query_len, context_len = int(batch.query_lens[request]), int(batch.context_lens[request])
         start = int(batch.query_starts[request])
         num_before = context_len - query_len
-        # On CPUs without a window, the mask is of the span's own keys alone.
-        splits = self.device.type == "cpu" and window is None
+        # Long ones on CPUs, without a window, have a mask for the span's own keys alone: spans are longer then.
+        is_long = query_len * context_len > MASK_ELEMENTS
+        splits = is_long and self.device.type == "cpu" and window is None
         span = math.isqrt(MASK_ELEMENTS) if splits else max(1, MASK_ELEMENTS // context_len)
         pieces = []
         for first in range(0, query_len, span):
