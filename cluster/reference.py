@@ -40,7 +40,7 @@ OpenAI does not have, to vLLM.
 |---|---|
 | `GET /v1/models`, `GET /v1/models/{id}` | the models, with the sampling parameters that hold by default |
 | `GET /health` | 200 if of every model a replica answers, or none is kept while nobody asks; else 503; needs no key |
-| `GET /-/healthz`, `GET /-/routes` | Ray Serve's: whether there is an ingress, and the prefixes of applications; no key |
+| `GET /-/healthz`, `GET /-/routes` | Ray Serve's: is there an ingress, and prefixes of applications; needs no key |
 | `GET /status` | models, their replicas and loads, and the autoscaler's target, as the answering ingress sees them |
 | `GET /metrics` | of every process, in Prometheus' text format: `docs/metrics.md` |
 | `GET /version` | of this software |
