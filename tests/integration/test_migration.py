@@ -4,16 +4,13 @@ Three replicas behind two ingresses. How long the streams stood still is printed
 """
 
 import asyncio
-import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ import yaml
 
 from tests.integration.faults import DEADLY_PROMPT
 from tests.integration.server import Server
+from tests.integration.streams import PATIENCE_S, check, report, run_streams, until
 
 SERVE = (
     "env",
@@ -37,8 +35,6 @@ ENGINE = {"kv_cache_memory": "64MiB", "max_num_seqs": 64, "num_threads": 1, "dty
 SERVICE = {"slo": {"ttft_s": 60}}
 NUM_REPLICAS = 3
 NUM_STREAMS = 64
-NUM_TOKENS = 96
-PATIENCE_S = 120.0
 REPLICA = "ServeReplica:qwen3:EngineReplica"
 
 
@@ -74,14 +70,7 @@ async def replicas(fleet: Server) -> list[int]:
 @pytest.fixture(scope="module")
 def undisturbed(fleet: Server) -> list[str]:
     """What the streams say when nothing happens."""
-    return [stream.text for stream in asyncio.run(run_streams(fleet))]
-
-
-async def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what} within {PATIENCE_S:.0f} s"
-        await asyncio.sleep(0.1)
+    return [stream.text for stream in asyncio.run(run_streams(fleet, NUM_STREAMS))]
 
 
 def known_by(fleet: Server, num_replicas: int) -> bool:
@@ -94,78 +83,12 @@ def known_by(fleet: Server, num_replicas: int) -> bool:
     return len(heard) == 2 and set(heard.values()) == {num_replicas}
 
 
-class Stream:
-    """What came of a completion."""
-
-    def __init__(self, status: int) -> None:
-        self.status = status
-        self.text = ""
-        self.times: list[float] = []
-        self.finish_reason: str | None = None
-        self.last_line = ""
-
-    @property
-    def longest_gap_s(self) -> float:
-        return max(second - first for first, second in pairwise(self.times))
-
-
-async def run_stream(client: httpx.AsyncClient, number: int, begun: asyncio.Semaphore | None = None) -> Stream:
-    """Every other one is greedy; the rest is sampled."""
-    sampling = {"temperature": 1, "seed": number} if number % 2 else {"temperature": 0, "repetition_penalty": 1.3}
-    body = {"model": "demo", "prompt": f"{number}. The", "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True}
-    async with client.stream("POST", "/v1/completions", json=body | sampling) as response:
-        stream = Stream(response.status_code)
-        async for data in _data_of(response):
-            stream.last_line = data
-            if data != "[DONE]":
-                choice = json.loads(data)["choices"][0]
-                stream.text += choice["text"]
-                stream.finish_reason = choice["finish_reason"] or stream.finish_reason
-                stream.times.append(time.monotonic())
-                if begun is not None and len(stream.times) == 3:
-                    begun.release()
-    return stream
-
-
-async def _data_of(response: httpx.Response) -> AsyncIterator[str]:
-    async for line in response.aiter_lines():
-        if line.startswith("data: "):
-            yield line.removeprefix("data: ")
-
-
-async def run_streams(fleet: Server, disturb: Callable[[], None] | None = None) -> list[Stream]:
-    """All streams side by side; when each has begun, something happens."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    begun = asyncio.Semaphore(0)
-    async with httpx.AsyncClient(base_url=fleet.url, timeout=PATIENCE_S, limits=limits) as client:
-        tasks = [asyncio.create_task(run_stream(client, number, begun)) for number in range(NUM_STREAMS)]
-        if disturb is not None:
-            async with asyncio.timeout(PATIENCE_S):
-                for _ in tasks:
-                    await begun.acquire()
-            disturb()
-        return await asyncio.gather(*tasks)
-
-
-def check(streams: list[Stream], undisturbed: list[str]) -> None:
-    assert {(stream.status, stream.finish_reason, stream.last_line) for stream in streams} == {
-        (200, "length", "[DONE]")
-    }
-    assert [stream.text for stream in streams] == undisturbed
-
-
-def report(capsys: pytest.CaptureFixture[str], what: str, streams: list[Stream]) -> None:
-    gaps = sorted(stream.longest_gap_s for stream in streams)
-    with capsys.disabled():
-        print(f"\n{what} under {NUM_STREAMS} streams: stood still {gaps[-1]:.2f} s at most, {gaps[0]:.2f} s at least")
-
-
 async def test_a_replica_that_hangs(
     fleet: Server, undisturbed: list[str], replicas: list[int], capsys: pytest.CaptureFixture[str]
 ):
     victim = replicas[0]
     try:
-        streams = await run_streams(fleet, lambda: os.kill(victim, signal.SIGSTOP))
+        streams = await run_streams(fleet, NUM_STREAMS, lambda: os.kill(victim, signal.SIGSTOP))
     finally:
         os.kill(victim, signal.SIGCONT)
     check(streams, undisturbed)
@@ -177,11 +100,11 @@ async def test_a_replica_that_is_killed_and_whose_successor_does_not_start(
 ):
     no_start = fleet.config.parent / "no-start"
     no_start.touch()
-    streams = await run_streams(fleet, lambda: os.kill(replicas[0], signal.SIGKILL))
+    streams = await run_streams(fleet, NUM_STREAMS, lambda: os.kill(replicas[0], signal.SIGKILL))
     check(streams, undisturbed)
     report(capsys, "SIGKILL of a replica", streams)
     await until(lambda: "no device is free" in fleet.log.read_text(), "failed start")
-    check(await run_streams(fleet), undisturbed)
+    check(await run_streams(fleet, NUM_STREAMS), undisturbed)
     no_start.unlink()
 
 
@@ -195,7 +118,7 @@ async def test_a_prompt_that_ends_engines_takes_two_and_no_other_request_with_it
         answers.append(httpx.post(f"{fleet.url}/v1/completions", json=body, timeout=PATIENCE_S))
 
     sender = threading.Thread(target=send)
-    streams = await run_streams(fleet, sender.start)
+    streams = await run_streams(fleet, NUM_STREAMS, sender.start)
     check(streams, undisturbed)
     sender.join()
     assert answers[0].status_code == 503 and answers[0].json()["error"]["code"] == "service_unavailable"
