@@ -254,6 +254,8 @@ class Fleet:
                         self.apply(view.replica_id, update)
             except (ConnectionError, msgspec.DecodeError) as error:
                 logger.info("the step stream of %s ended: %s", view.replica_id, error)
+            except Exception:  # without a reader the replica would be taken for hung for good
+                logger.exception("reading the step stream of %s failed", view.replica_id)
             view.load = None
             await asyncio.sleep(REOPEN_DELAY_S)
 

@@ -20,7 +20,7 @@ class Replica:
     """A step stream that says what it is told to say."""
 
     def __init__(self) -> None:
-        self.items: asyncio.Queue[StepUpdate | ConnectionError] = asyncio.Queue()
+        self.items: asyncio.Queue[StepUpdate | Exception] = asyncio.Queue()
         self.num_opened = 0
         self.is_open = False
 
@@ -31,7 +31,7 @@ class Replica:
         try:
             while True:
                 item = await self.items.get()
-                if isinstance(item, ConnectionError):
+                if isinstance(item, Exception):
                     raise item
                 yield msgspec.msgpack.encode(item)
         finally:
@@ -101,12 +101,13 @@ async def test_a_gap_is_filled_by_a_snapshot_of_a_new_stream(fleet: Fleet):
     assert fleet.replicas["a"].block_keys == {b"c", b"d"}
 
 
-async def test_a_stream_that_breaks_is_opened_again(fleet: Fleet):
+@pytest.mark.parametrize("error", [ConnectionError("reset"), ValueError("whatever")])
+async def test_a_stream_that_breaks_is_opened_again(fleet: Fleet, error: Exception):
     replica = Replica()
     set_replicas(fleet, a=replica)
     replica.say(0, is_snapshot=True)
     await until(lambda: fleet.replicas["a"].load is not None)
-    replica.items.put_nowait(ConnectionError("reset"))
+    replica.items.put_nowait(error)
     await until(lambda: fleet.replicas["a"].load is None)
     replica.say(0, is_snapshot=True)
     await until(lambda: fleet.replicas["a"].load is not None)
