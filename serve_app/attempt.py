@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Mapping
 
 from engine.output_buffer import OutputBuffer
 from engine.request import EngineRequest, RequestOutput
-from serve_app.fleet import Loss
+from serve_app.fleet import Loss, ReplicaView
 from serve_app.openai.errors import ApiError, unavailable
 
 
@@ -27,12 +27,16 @@ class ReplicaAttempt:
 
     def __init__(self, request: EngineRequest, avoid: Mapping[str, float]) -> None:
         self.request = request
-        self.replica_id: str | None = None
+        self.replica: ReplicaView | None = None
         self.avoid = avoid
         self.failure: ApiError | ReplicaLostError | None = None
         self._buffer = OutputBuffer()
         self._ready = asyncio.Event()
         self._accepted = asyncio.Event()
+
+    @property
+    def replica_id(self) -> str | None:
+        return None if self.replica is None else self.replica.replica_id
 
     @property
     def num_received(self) -> int:

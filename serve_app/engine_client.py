@@ -37,7 +37,7 @@ LINGER_S = 5.0
 MOST_ATTEMPTS = 3
 """For one request."""
 MOST_DEATHS = 2
-"""A request that so many replicas died with, before they made a token of it, may be what they died of."""
+"""A request that so many replicas died with, while they may have computed its prompt, may be what they died of."""
 RESUME_TIMEOUT_S = 120.0
 """How long a request that has begun waits for another replica: as long as one takes to start."""
 RESUME_RETRY_S = 0.5
@@ -207,9 +207,14 @@ class _Course:
         return msgspec.structs.replace(output, num_cached_tokens=self._num_cached_tokens)
 
     def goes_on(self, attempt: ReplicaAttempt, loss: Loss) -> bool:
-        """Note that an attempt has lost its replica. Returns whether there may be another one."""
+        """Note that an attempt has lost its replica. Returns whether there may be another one.
+
+        A death counts against a request that has no token of the replica, as then its prompt may have been computed:
+        but not where requests were waiting, as it was most likely one of them.
+        """
         self._num_attempts += 1
-        self._num_deaths += loss is not Loss.SILENT and attempt.num_received == 0
+        only_waited = attempt.replica is not None and attempt.replica.was_queueing
+        self._num_deaths += loss is not Loss.SILENT and attempt.num_received == 0 and not only_waited
         self._deadline_s = time.monotonic() + (RESUME_TIMEOUT_S if self._output_ids else ROUTING_TIMEOUT_S)
         if attempt.replica_id is not None:
             self._avoid[attempt.replica_id] = time.monotonic()

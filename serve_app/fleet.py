@@ -46,10 +46,14 @@ class Attempt(Protocol):
 
     request: EngineRequest
     """Its id is the attempt's: another try has another."""
-    replica_id: str | None
+    replica: "ReplicaView | None"
     """Where the router sent it; None until it has chosen."""
     avoid: Mapping[str, float]
     """Replicas that earlier attempts were lost with, and when, by `time.monotonic()`."""
+
+    @property
+    def replica_id(self) -> str | None:
+        """Of `replica`."""
 
     @property
     def num_received(self) -> int:
@@ -88,6 +92,8 @@ class ReplicaView:
     """When it last told anything, or was first heard of; by `time.monotonic()`."""
     load: ReplicaLoad | None = None
     """The latest; None as long as there is no step stream."""
+    was_queueing: bool = False
+    """Whether requests waited there when it last told: so a replica that is lost is remembered."""
     block_keys: set[bytes] = field(default_factory=set)
     """Keys of the KV blocks that its prefix cache can find, see `engine.block_pool.block_keys`."""
     num_attempts: int = 0
@@ -181,7 +187,7 @@ class Fleet:
         if before is not None:
             before.num_attempts -= 1
         view.num_attempts += 1
-        attempt.replica_id = replica_id
+        attempt.replica = view
         if attempt.num_received:  # the first had not refused at all: what comes now would repeat
             attempt.lose(Loss.DIED)
 
@@ -215,6 +221,7 @@ class Fleet:
         if view is None:
             return
         view.load, view.updated_s, view.num_missed = update.load, time.monotonic(), 0
+        view.was_queueing = update.load.num_waiting > 0
         if update.is_snapshot:
             view.block_keys = set(update.stored)
         else:

@@ -18,7 +18,7 @@ from engine.config import EngineConfig
 from engine.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
 from serve_app import engine_client, fleet
 from serve_app.engine_client import EngineClient
-from serve_app.fleet import Fleet, Loss, fleet_of
+from serve_app.fleet import Fleet, Loss, ReplicaView, fleet_of
 from serve_app.openai.errors import ApiError
 from tests.bare_replica import BareReplica
 from tests.tiny_models import make_tiny_qwen3
@@ -254,6 +254,18 @@ async def test_a_request_does_not_take_every_replica_with_it(
     assert sorted(host.num_calls for host in hosts.by_id.values()) == [0, 1, 1]
     assert client.num_given_up == 1
     await third.stop()
+
+
+@pytest.mark.parametrize(("was_queueing", "most"), [(False, 2), (True, 3)])
+def test_requests_that_only_waited_are_no_suspects(was_queueing: bool, most: int):
+    course = engine_client._Course(request("x"))
+    num_attempts, goes_on = 0, True
+    while goes_on:
+        attempt = course.next_attempt()
+        attempt.replica = ReplicaView(f"r{num_attempts}", lambda _: _silence(""), 0.0, was_queueing=was_queueing)
+        goes_on = course.goes_on(attempt, Loss.DIED)
+        num_attempts += 1
+    assert num_attempts == most
 
 
 async def test_a_request_that_is_at_fault_stays_where_it_is(client: EngineClient, hosts: Hosts):
