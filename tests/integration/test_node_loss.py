@@ -10,13 +10,17 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
+from serve_app.fleet import Loss
+from serve_app.metrics.definitions import DEFINITIONS
 from tests.integration.server import Server
 from tests.integration.streams import check, report, run_streams, until
 
@@ -33,6 +37,7 @@ SERVE = (
 ENGINE = {"kv_cache_memory": "64MiB", "max_num_seqs": 16, "num_threads": 1, "dtype": "float32", "device": "cpu"}
 SERVICE = {"slo": {"ttft_s": 60}}
 NUM_STREAMS = 16
+NUM_MIGRATIONS = DEFINITIONS["migrations_total"].full_name
 REPLICA = "ServeReplica:qwen3:EngineReplica"
 
 
@@ -49,7 +54,8 @@ class TwoNodes(Server):
 
     def second_node(self) -> list[int]:
         """Ids of the processes of the node that can be lost: its raylet first, then all that descend from it."""
-        parents = {each: _parent(each) for each in self.processes()}
+        processes = {each: _read(each, "stat") for each in self.processes()}
+        parents = {each: int(stat.rpartition(")")[2].split()[1]) for each, stat in processes.items() if stat}
         [raylet] = [each for each in parents if _is_second_raylet(each)]
         found = [raylet]
         for process in found:  # grows meanwhile
@@ -57,13 +63,17 @@ class TwoNodes(Server):
         return found
 
 
-def _parent(process: int) -> int:
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-
-
 def _is_second_raylet(process: int) -> bool:
-    arguments = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+    arguments = _read(process, "cmdline").split("\0")
     return arguments[0].endswith("raylet") and "--head" not in arguments
+
+
+def _read(process: int, name: str) -> str:
+    """What /proc tells of a process; nothing if it has ended."""
+    try:
+        return Path(f"/proc/{process}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 @pytest.fixture
@@ -80,19 +90,28 @@ def num_heard(server: Server) -> int:
     return sum(each["age_s"] is not None and each["age_s"] < 2 for each in replicas)
 
 
-async def test_a_node_that_is_lost(nodes: TwoNodes, capsys: pytest.CaptureFixture[str]):
+def num_migrations(server: Server, loss: Loss) -> float:
+    """How many requests went on at another replica."""
+    page = httpx.get(f"{server.url}/metrics", timeout=30).text
+    samples = [each for family in text_string_to_metric_families(page) for each in family.samples]
+    return sum(each.value for each in samples if each.name == NUM_MIGRATIONS and each.labels["reason"] == loss)
+
+
+async def test_a_node_that_is_killed(nodes: TwoNodes, capsys: pytest.CaptureFixture[str]):
     await until(lambda: num_heard(nodes) == 2, "two replicas that the ingress hears from")
     undisturbed = [stream.text for stream in await run_streams(nodes, NUM_STREAMS)]
     victims = nodes.second_node()
     replicas = set(nodes.processes_named(REPLICA))
     assert len(replicas) == 2 and len(replicas & set(victims)) == 1
 
-    def lose() -> None:
+    def kill() -> None:
         for process in victims:
-            os.kill(process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # one that Ray had no more use for
+                os.kill(process, signal.SIGKILL)
 
-    streams = await run_streams(nodes, NUM_STREAMS, lose)
+    streams = await run_streams(nodes, NUM_STREAMS, kill)
     check(streams, undisturbed)
-    report(capsys, "loss of a node", streams)
+    report(capsys, "SIGKILL of a node", streams)
+    assert num_migrations(nodes, Loss.DIED) > 0
     assert num_heard(nodes) == 1
     check(await run_streams(nodes, NUM_STREAMS), undisturbed)
