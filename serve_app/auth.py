@@ -24,15 +24,23 @@ class Caller:
     """
 
     def __init__(self, key: ApiKey | None = None) -> None:
-        self.key = key
-        self.name = key.name if key is not None else ""
-        self._cache = "" if key is None or key.shares_prefix_cache else key.name
-        self._most_requests = key.max_concurrent_requests if key is not None else None
-        self._rate = RateLimit(key.requests_per_minute) if key is not None and key.requests_per_minute else None
-        self._token_rate = RateLimit(key.tokens_per_minute) if key is not None and key.tokens_per_minute else None
+        self.name = self._cache = ""
+        self._most_requests: int | None = None
+        self._rate: RateLimit | None = None
+        self._token_rate: RateLimit | None = None
         self._num_requests = 0
         self.num_tokens = 0
         self.num_refused = {"concurrent_requests": 0, "requests_per_minute": 0, "tokens_per_minute": 0}
+        if key is not None:
+            self.configure(key)
+
+    def configure(self, key: ApiKey) -> None:
+        """Go by this key from now on. What is open or used counts on, but for rates that are other ones."""
+        self.name = key.name
+        self._cache = "" if key.shares_prefix_cache else key.name
+        self._most_requests = key.max_concurrent_requests
+        self._rate = _rate(self._rate, key.requests_per_minute)
+        self._token_rate = _rate(self._token_rate, key.tokens_per_minute)
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -98,6 +106,13 @@ class RateLimit:
         self._available -= number
 
 
+def _rate(known: RateLimit | None, per_minute: int | None) -> RateLimit | None:
+    """The known limit if it is of this rate, or a new one."""
+    if per_minute is None:
+        return None
+    return known if known is not None and known.per_minute == per_minute else RateLimit(per_minute)
+
+
 class ApiKeys:
     """The keys that may come in. Without any, everybody may.
 
@@ -111,9 +126,13 @@ class ApiKeys:
         self.replace(keys)
 
     def replace(self, keys: Iterable[ApiKey]) -> None:
-        """Let these come in from now on. Those that stay as they are keep what they have used of their limits."""
-        known = {caller.key: caller for _, caller in self._callers}
-        self._callers = [(bytes.fromhex(key.sha256), known.get(key) or Caller(key)) for key in keys]
+        """Let these come in from now on. Those of the same name keep what they have used of their limits."""
+        known = {caller.name: caller for _, caller in self._callers}
+        self._callers = []
+        for key in keys:
+            caller = known.get(key.name) or Caller()
+            caller.configure(key)
+            self._callers.append((bytes.fromhex(key.sha256), caller))
 
     @property
     def callers(self) -> list[Caller]:

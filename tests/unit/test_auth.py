@@ -257,6 +257,21 @@ async def test_a_request_that_fails_or_is_cancelled_counts_no_longer():
         pass
 
 
+def test_what_is_open_counts_on_when_limits_change():
+    keys = ApiKeys([key(max_concurrent_requests=5, tokens_per_minute=600)])
+    caller = keys.caller(ALICE)
+    caller.take_tokens(600)
+    with caller.request():
+        keys.replace([key(max_concurrent_requests=1, tokens_per_minute=600)])
+        again = keys.caller(ALICE)
+        with pytest.raises(ApiError), again.request():
+            pass
+        with pytest.raises(ApiError):
+            again.check_tokens(600)
+    with again.request():
+        pass
+
+
 def test_a_key_has_so_many_requests_a_minute(monkeypatch: pytest.MonkeyPatch):
     clock = [100.0]
     monkeypatch.setattr(auth.time, "monotonic", lambda: clock[0])
