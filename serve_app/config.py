@@ -152,6 +152,12 @@ class ServiceConfig(ModelConfig):
             if len(set(found)) < len(found):
                 repeated = next(value for value in found if found.count(value) > 1)
                 raise ValueError(f"two models have the {what} name {repeated!r}, set served_model_name of one")
+        for model in self.engines.values():
+            prefix = f"{model.model_name}:"
+            taken = next((name for name in names if name.startswith(prefix)), None)
+            if taken is not None and model.engine.max_loras > 0:
+                message = f"the model name {taken!r} is that of an adapter of {model.model_name!r}, which has max_loras"
+                raise ValueError(f"{message}; set served_model_name of one")
         return self
 
     @property

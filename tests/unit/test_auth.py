@@ -370,6 +370,10 @@ async def test_no_origin_is_allowed_unless_it_is_configured():
         ({"api_keys": [key().model_dump(), key("bob").model_dump() | {"name": "alice"}]}, "'alice' is there twice"),
         ({"api_keys": [{"name": "a", "sha256": key().sha256, "requests_per_minute": 0}]}, "requests_per_minute"),
         ({"cors_origins": ["example.com"]}, "cors_origins"),
+        (
+            {"engine": {"max_loras": 1}, "served_model_name": "m", "other_models": [{"served_model_name": "m:x"}]},
+            "'m:x' is that of an adapter of 'm'",
+        ),
         ({"default_sampling_params": {"temperature": 3}}, "temperature"),
         ({"default_sampling_params": {"temprature": 1}}, "temprature"),
     ],
