@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import msgspec
 
@@ -21,6 +21,8 @@ MAX_REMEMBERED = 4096
 """Grammars whose answer is remembered."""
 MAX_WAITING = 32
 """Most grammars that wait for their turn; more are refused."""
+MAX_WAITING_OF_KEY = 4
+"""Most of these with one API key, so that none takes all turns."""
 START_S = 60.0
 """Time for the worker to read a tokenizer on a busy machine."""
 
@@ -36,7 +38,7 @@ class GrammarChecker:
         self._compile_s = limits.grammar_compile_s
         self._answers: OrderedDict[bytes, str] = OrderedDict()
         self._turn = asyncio.Lock()
-        self._num_waiting = 0
+        self._waiting: Counter[str] = Counter()
         self._process: Process | None = None
 
     def configure(self, limits: Limits) -> None:
@@ -46,8 +48,13 @@ class GrammarChecker:
             self._answers.clear()
             self._retire()
 
-    async def check(self, constraint: Constraint, model: ServedModel) -> None:
+    async def check(self, constraint: Constraint, model: ServedModel, key_name: str) -> None:
         """Raise unless an engine can use the grammar.
+
+        Args:
+            constraint: what to check.
+            model: what it is for.
+            key_name: of the request's API key; empty where there are none.
 
         Raises:
             ApiError: 400 that names the field and what is wrong, 429 if too many grammars wait, 503 if there is no
@@ -56,7 +63,7 @@ class GrammarChecker:
         key = hashlib.sha256(constraint.grammar.encode()).digest()
         answer = self._answers.get(key)
         if answer is None:
-            answer = await self._ask_in_turn(constraint.grammar, model)
+            answer = await self._ask_in_turn(constraint.grammar, model, key_name)
             self._answers[key] = answer
             if len(self._answers) > MAX_REMEMBERED:
                 self._answers.popitem(last=False)
@@ -65,10 +72,11 @@ class GrammarChecker:
         if answer:
             raise bad_request(f"{constraint.param} cannot be used: {answer}", constraint.param, "invalid_grammar")
 
-    async def _ask_in_turn(self, grammar: str, model: ServedModel) -> str:
-        if self._num_waiting >= MAX_WAITING:
+    async def _ask_in_turn(self, grammar: str, model: ServedModel, key_name: str) -> str:
+        most_of_key = MAX_WAITING_OF_KEY if key_name else MAX_WAITING
+        if self._waiting.total() >= MAX_WAITING or self._waiting[key_name] >= most_of_key:
             raise overloaded("too many new grammars are being compiled; try again later")
-        self._num_waiting += 1
+        self._waiting[key_name] += 1
         try:
             async with self._turn, asyncio.timeout(START_S + 10 * self._compile_s):
                 return await self._ask(grammar, model)
@@ -76,7 +84,7 @@ class GrammarChecker:
             logger.error("the process that compiles grammars failed: %r", error)
             raise unavailable("grammars cannot be compiled now; try again later") from None
         finally:
-            self._num_waiting -= 1
+            self._waiting -= Counter([key_name])  # forgets names that have none left
 
     async def _ask(self, grammar: str, model: ServedModel) -> str:
         compile_s = self._compile_s

@@ -118,9 +118,9 @@ class Ingress:
     async def generate(self, request: Request, body: type[BaseModel], endpoint_class: EndpointClass) -> Response:
         """Answer a request that runs the model."""
         model, endpoint = await self._read(request, body, endpoint_class)
-        if endpoint.constraint is not None:
-            await model.grammars.check(endpoint.constraint, model.served)
         meter, caller = meter_of(request), caller_of(request)
+        if endpoint.constraint is not None:
+            await model.grammars.check(endpoint.constraint, model.served, caller.name)
         requests = [
             msgspec.structs.replace(each, cache_salt=caller.cache_salt(each.cache_salt)) for each in endpoint.requests
         ]

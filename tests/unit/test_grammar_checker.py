@@ -89,36 +89,50 @@ def test_what_takes_too_much_memory_is_told(compiler, monkeypatch):
 
 async def test_good_ones_pass_and_bad_ones_name_the_field(checker, monkeypatch):
     unique = Constraint(json_schema_grammar({"type": "array", "uniqueItems": True}), "guided_json")
-    await checker.check(GOOD, MODEL)
+    await checker.check(GOOD, MODEL, "alice")
     with pytest.raises(ApiError, match="uniqueItems") as caught:
-        await checker.check(unique, MODEL)
+        await checker.check(unique, MODEL, "alice")
     assert (caught.value.status, caught.value.param) == (400, "guided_json")
     monkeypatch.setattr(checker, "_ask", None)  # both answers are remembered
-    await checker.check(GOOD, MODEL)
+    await checker.check(GOOD, MODEL, "alice")
     with pytest.raises(ApiError, match="uniqueItems"):
-        await checker.check(unique, MODEL)
+        await checker.check(unique, MODEL, "alice")
 
 
 async def test_a_lost_process_is_replaced(checker):
     choice = Constraint(choice_grammar(["a"]), "guided_choice")
-    await checker.check(GOOD, MODEL)
+    await checker.check(GOOD, MODEL, "alice")
     os.kill(checker._process.pid, signal.SIGKILL)
     with pytest.raises(ApiError) as caught:
-        await checker.check(choice, MODEL)
+        await checker.check(choice, MODEL, "alice")
     assert caught.value.status == 503
-    task = asyncio.create_task(checker.check(Constraint(ENDLESS, "guided_json"), MODEL))
+    task = asyncio.create_task(checker.check(Constraint(ENDLESS, "guided_json"), MODEL, "alice"))
     await asyncio.sleep(0.05)
     task.cancel()  # its answer must not be taken for that of the next
     await asyncio.gather(task, return_exceptions=True)
-    await checker.check(choice, MODEL)
+    await checker.check(choice, MODEL, "alice")
 
 
 async def test_the_queue_is_bounded(checker, monkeypatch):
     monkeypatch.setattr(grammar_checker, "MAX_WAITING", 2)
-    await checker.check(GOOD, MODEL)
+    await checker.check(GOOD, MODEL, "alice")
     tasks = [
-        asyncio.create_task(checker.check(Constraint(json.dumps({"n": index}) + ENDLESS, "guided_json"), MODEL))
+        asyncio.create_task(
+            checker.check(Constraint(json.dumps({"n": index}) + ENDLESS, "guided_json"), MODEL, "alice")
+        )
         for index in range(3)
     ]
     found = await asyncio.gather(*tasks, return_exceptions=True)
     assert sorted(error.status for error in found) == [400, 400, 429]
+
+
+async def test_one_key_cannot_take_all_turns(checker, monkeypatch):
+    monkeypatch.setattr(grammar_checker, "MAX_WAITING_OF_KEY", 1)
+    await checker.check(GOOD, MODEL, "alice")
+    tasks = [
+        asyncio.create_task(checker.check(Constraint(json.dumps({"n": index}) + ENDLESS, "guided_json"), MODEL, name))
+        for index, name in enumerate(("alice", "alice", "bob", "", ""))
+    ]
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [error.status for error in found] == [400, 429, 400, 400, 400]
+    assert not checker._waiting
