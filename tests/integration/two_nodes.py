@@ -1,6 +1,6 @@
 """`python -m tests.integration.two_nodes config.yaml`: as serve_app.run, on a cluster of two nodes of this machine.
 
-Each has two CPUs. The first also has the resource "head", and whatever stands in for a whole cluster; it is never lost.
+Each has two CPUs. The first also has the resource "head", Serve's controller and proxy; it is not the one to lose.
 """
 
 import os
