@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from serve_app.config import ApiKey
-from serve_app.openai.errors import ApiError, key_limited
+from serve_app.openai.errors import ApiError, bad_request, key_limited
 
 
 class Caller:
@@ -28,6 +28,7 @@ class Caller:
         self._most_requests: int | None = None
         self._rate: RateLimit | None = None
         self._token_rate: RateLimit | None = None
+        self._least_priority: int | None = None
         self._num_requests = 0
         self.num_tokens = 0
         self.num_refused = {"concurrent_requests": 0, "requests_per_minute": 0, "tokens_per_minute": 0}
@@ -39,6 +40,7 @@ class Caller:
         self.name = key.name
         self._cache = "" if key.shares_prefix_cache else key.name
         self._most_requests = key.max_concurrent_requests
+        self._least_priority = key.least_priority
         self._rate = _rate(self._rate, key.requests_per_minute)
         self._token_rate = _rate(self._token_rate, key.tokens_per_minute)
 
@@ -63,6 +65,13 @@ class Caller:
             yield
         finally:
             self._num_requests -= 1
+
+    def check_priority(self, priority: int) -> None:
+        """Raise ApiError 400 if the key may not have requests that are so urgent."""
+        least = self._least_priority
+        if least is not None and priority < least:
+            message = f"priority is {priority}, expected at least {least}, the most urgent of the API key {self.name!r}"
+            raise bad_request(message, "priority")
 
     def check_tokens(self, num_tokens: int) -> None:
         """Raise ApiError 429 if the key's limit does not allow a prompt of so many tokens now."""

@@ -57,6 +57,9 @@ class ApiKey(_Settings):
     tokens_per_minute: int | None = Field(
         None, ge=1, description="tokens of prompts and outputs that a minute allows, as many at once; None: no limit"
     )
+    least_priority: int | None = Field(
+        0, description="lowest `priority`, so the most urgent, that requests may have; None: any"
+    )
     shares_prefix_cache: bool = Field(
         False, description="use the prefix cache together with all keys that say so, instead of one of its own"
     )

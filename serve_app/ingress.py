@@ -119,6 +119,7 @@ class Ingress:
         """Answer a request that runs the model."""
         model, endpoint = await self._read(request, body, endpoint_class)
         meter, caller = meter_of(request), caller_of(request)
+        caller.check_priority(endpoint.requests[0].priority)
         if endpoint.constraint is not None:
             await model.grammars.check(endpoint.constraint, model.served, caller.name)
         requests = [

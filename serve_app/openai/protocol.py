@@ -114,7 +114,9 @@ class GenerationBody(Body):
         None, description="use so many of the prompt's tokens at most; -1: as many as leave room for max_tokens"
     )
     truncation_side: Literal["left", "right"] = Field("left", description="where truncate_prompt_tokens leaves out")
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = Field(
+        0, description="lower goes first; an API key may have a lowest that it can ask for"
+    )
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
     include_stop_str_in_output: bool = False
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

@@ -166,7 +166,9 @@ class ResponsesBody(Body):
     text: TextOptions = TextOptions()
     reasoning: ReasoningOptions | None = None
     chat_template_kwargs: TemplateVariables | None = None
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = Field(
+        0, description="lower goes first; an API key may have a lowest that it can ask for"
+    )
     cache_salt: Annotated[str, Field(max_length=128)] | None = None
     store: Literal[False] = Field(False, description="nothing is stored")
     background: Literal[False] = Field(False, description="the answer comes at once")

@@ -257,6 +257,16 @@ async def test_a_request_that_fails_or_is_cancelled_counts_no_longer():
         pass
 
 
+def test_no_key_passes_another_unless_it_may():
+    for caller in (Caller(), Caller(key(least_priority=None)), Caller(key(least_priority=-5))):
+        caller.check_priority(-5)
+    for caller, priority in ((Caller(key()), -1), (Caller(key(least_priority=-5)), -6)):
+        caller.check_priority(priority + 1)
+        with pytest.raises(ApiError) as error:
+            caller.check_priority(priority)
+        assert (error.value.status, error.value.param) == (400, "priority")
+
+
 def test_what_is_open_counts_on_when_limits_change():
     keys = ApiKeys([key(max_concurrent_requests=5, tokens_per_minute=600)])
     caller = keys.caller(ALICE)
