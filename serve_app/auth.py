@@ -29,6 +29,7 @@ class Caller:
         self._rate: RateLimit | None = None
         self._token_rate: RateLimit | None = None
         self._least_priority: int | None = None
+        self._may_observe = True
         self._num_requests = 0
         self.num_tokens = 0
         self.num_refused = {"concurrent_requests": 0, "requests_per_minute": 0, "tokens_per_minute": 0}
@@ -41,6 +42,7 @@ class Caller:
         self._cache = "" if key.shares_prefix_cache else key.name
         self._most_requests = key.max_concurrent_requests
         self._least_priority = key.least_priority
+        self._may_observe = key.may_observe
         self._rate = _rate(self._rate, key.requests_per_minute)
         self._token_rate = _rate(self._token_rate, key.tokens_per_minute)
 
@@ -65,6 +67,12 @@ class Caller:
             yield
         finally:
             self._num_requests -= 1
+
+    def check_observer(self) -> None:
+        """Raise ApiError 403 if the key may not see what the service does for all."""
+        if not self._may_observe:
+            message = f"the API key {self.name!r} may not read this; set its may_observe, or use another key"
+            raise ApiError(403, message, code="permission_denied")
 
     def check_priority(self, priority: int) -> None:
         """Raise ApiError 400 if the key may not have requests that are so urgent."""

@@ -60,6 +60,7 @@ class ApiKey(_Settings):
     least_priority: int | None = Field(
         0, description="lowest `priority`, so the most urgent, that requests may have; None: any"
     )
+    may_observe: bool = Field(True, description="may read /metrics and /status, which tell of all keys' requests")
     shares_prefix_cache: bool = Field(
         False, description="use the prefix cache together with all keys that say so, instead of one of its own"
     )

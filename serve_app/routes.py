@@ -16,7 +16,7 @@ from serve_app.anthropic.messages import Messages, count_tokens
 from serve_app.anthropic.protocol import CountTokensBody, MessagesBody
 from serve_app.auth import ApiKeys
 from serve_app.config import ServiceConfig
-from serve_app.gate import Gate
+from serve_app.gate import Gate, caller_of
 from serve_app.metrics.ingress import IngressMetrics
 from serve_app.metrics.requests import Metered, note_error
 from serve_app.openai.chat import Chat
@@ -87,8 +87,8 @@ def build_http_app(service: Service) -> FastAPI:
     if config.playground:
         open_routes += add_page(app)
     app.add_api_route("/version", service.version, methods=["GET"])
-    app.add_api_route("/metrics", service.all_metrics, methods=["GET"])
-    app.add_api_route("/status", service.status, methods=["GET"])
+    app.add_api_route("/metrics", _for_observers(service.all_metrics), methods=["GET"])
+    app.add_api_route("/status", _for_observers(service.status), methods=["GET"])
     app.add_api_route("/v1/models", service.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", service.model, methods=["GET"])
     for path, (body, endpoint) in GENERATING.items():
@@ -123,6 +123,14 @@ def error_response(scope: Scope, error: ApiError) -> Response:
 def _call(method: Callable[..., Awaitable[Response]], *arguments: Any) -> Callable[[Request], Awaitable[Response]]:
     async def call(request: Request) -> Response:
         return await method(request, *arguments)
+
+    return call
+
+
+def _for_observers(method: Callable[[], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    async def call(request: Request) -> Response:
+        caller_of(request).check_observer()
+        return await method()
 
     return call
 

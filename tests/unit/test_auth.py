@@ -257,6 +257,14 @@ async def test_a_request_that_fails_or_is_cancelled_counts_no_longer():
         pass
 
 
+async def test_a_key_may_be_kept_from_what_tells_of_others():
+    guarded = app(key(may_observe=False), key("bob"))
+    for path, status in (("/metrics", 403), ("/status", 403), ("/v1/models", 200)):
+        assert (await send(guarded, path=path, headers=ALICE)).status == status
+        assert (await send(guarded, path=path, headers=[(b"x-api-key", b"bobs-key")])).status == 200
+        assert (await send(app(), path=path)).status == 200
+
+
 def test_no_key_passes_another_unless_it_may():
     for caller in (Caller(), Caller(key(least_priority=None)), Caller(key(least_priority=-5))):
         caller.check_priority(-5)
