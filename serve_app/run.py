@@ -34,7 +34,10 @@ def main(config: str) -> None:
                 serve.delete(name)
         except _Stop:
             print("stopping now", flush=True)
-        serve.shutdown()
+        try:
+            serve.shutdown()
+        except _Stop:
+            sys.exit(130)  # what is left ends with this process
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
