@@ -11,7 +11,6 @@ import pytest
 
 from tests.integration.server import Server
 
-NUM_TOKENS = 96
 PATIENCE_S = 120.0
 
 
@@ -30,10 +29,10 @@ class Stream:
         return max(second - first for first, second in pairwise(self.times))
 
 
-async def run_stream(client: httpx.AsyncClient, number: int, begun: asyncio.Semaphore | None = None) -> Stream:
+async def run_stream(client: httpx.AsyncClient, number: int, num_tokens: int, begun: asyncio.Semaphore) -> Stream:
     """Every other one is greedy; the rest is sampled."""
     sampling = {"temperature": 1, "seed": number} if number % 2 else {"temperature": 0, "repetition_penalty": 1.3}
-    body = {"model": "demo", "prompt": f"{number}. The", "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True}
+    body = {"model": "demo", "prompt": f"{number}. The", "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
     async with client.stream("POST", "/v1/completions", json=body | sampling) as response:
         stream = Stream(response.status_code)
         async for data in _data_of(response):
@@ -43,7 +42,7 @@ async def run_stream(client: httpx.AsyncClient, number: int, begun: asyncio.Sema
                 stream.text += choice["text"]
                 stream.finish_reason = choice["finish_reason"] or stream.finish_reason
                 stream.times.append(time.monotonic())
-                if begun is not None and len(stream.times) == 3:
+                if len(stream.times) == 3:
                     begun.release()
     return stream
 
@@ -54,12 +53,14 @@ async def _data_of(response: httpx.Response) -> AsyncIterator[str]:
             yield line.removeprefix("data: ")
 
 
-async def run_streams(server: Server, count: int, disturb: Callable[[], None] | None = None) -> list[Stream]:
+async def run_streams(
+    server: Server, count: int, disturb: Callable[[], None] | None = None, num_tokens: int = 96
+) -> list[Stream]:
     """All streams side by side; when each has begun, something happens."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     begun = asyncio.Semaphore(0)
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S, limits=limits) as client:
-        tasks = [asyncio.create_task(run_stream(client, number, begun)) for number in range(count)]
+        tasks = [asyncio.create_task(run_stream(client, number, num_tokens, begun)) for number in range(count)]
         if disturb is not None:
             async with asyncio.timeout(PATIENCE_S):
                 for _ in tasks:

@@ -37,6 +37,8 @@ SERVE = (
 ENGINE = {"kv_cache_memory": "64MiB", "max_num_seqs": 16, "num_threads": 1, "dtype": "float32", "device": "cpu"}
 SERVICE = {"slo": {"ttft_s": 60}}
 NUM_STREAMS = 16
+NUM_TOKENS = 600
+"""So many that no stream has ended when the last one has begun."""
 NUM_MIGRATIONS = DEFINITIONS["migrations_total"].full_name
 REPLICA = "ServeReplica:qwen3:EngineReplica"
 
@@ -99,7 +101,7 @@ def num_migrations(server: Server, loss: Loss) -> float:
 
 async def test_a_node_that_is_killed(nodes: TwoNodes, capsys: pytest.CaptureFixture[str]):
     await until(lambda: num_heard(nodes) == 2, "two replicas that the ingress hears from")
-    undisturbed = [stream.text for stream in await run_streams(nodes, NUM_STREAMS)]
+    undisturbed = [stream.text for stream in await run_streams(nodes, NUM_STREAMS, num_tokens=NUM_TOKENS)]
     victims = nodes.second_node()
     replicas = set(nodes.processes_named(REPLICA))
     assert len(replicas) == 2 and len(replicas & set(victims)) == 1
@@ -109,9 +111,9 @@ async def test_a_node_that_is_killed(nodes: TwoNodes, capsys: pytest.CaptureFixt
             with suppress(ProcessLookupError):  # one that Ray had no more use for
                 os.kill(process, signal.SIGKILL)
 
-    streams = await run_streams(nodes, NUM_STREAMS, kill)
+    streams = await run_streams(nodes, NUM_STREAMS, kill, NUM_TOKENS)
     check(streams, undisturbed)
     report(capsys, "SIGKILL of a node", streams)
     assert num_migrations(nodes, Loss.DIED) > 0
     assert num_heard(nodes) == 1
-    check(await run_streams(nodes, NUM_STREAMS), undisturbed)
+    check(await run_streams(nodes, NUM_STREAMS, num_tokens=NUM_TOKENS), undisturbed)
