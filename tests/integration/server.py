@@ -197,13 +197,16 @@ class Server:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(self._ports[1]),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(self._ports[2]),
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            # While no ingress is ready HAProxy asks the proxy behind it: that of another service, if they share a port.
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(self._ports[3]),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(self._ports[4]),
         }
 
 
 def free_ports(count: int) -> list[int]:
     """Ports that nothing listens on, below those that the system gives to outgoing connections and takes back later."""
     taken = {port for _, port, _ in _listening_sockets()}
-    return random.SystemRandom().sample([port for port in range(20_000, 32_000) if port not in taken], count)
+    return random.SystemRandom().sample([port for port in range(20_000, 29_000) if port not in taken], count)
 
 
 def _listening_sockets() -> list[tuple[str, int, str]]:
