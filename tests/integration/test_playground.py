@@ -135,11 +135,12 @@ def test_an_answer_comes_with_its_times(page: Page):
 def test_stop_ends_the_request_on_the_server(page: Page, free_engine: Engine, way: str):
     go_on_for_long(page)
     ask(page, "Hello")
-    free_engine.wait_for(lambda stats: stats["num_running"] == 1 and stats["num_owned_blocks"] > 0)
     told = page.locator(".metrics div", has_text="Output").locator("dd")
     for least in (20, 40):  # it streams
         while int(told.inner_text().split()[0]) < least:
             page.wait_for_timeout(20)
+    # Not before: while this waits, nobody would let the page's request through to the server.
+    free_engine.wait_for(lambda stats: stats["num_running"] == 1 and stats["num_owned_blocks"] > 0)
     if way == "escape":
         page.keyboard.press("Escape")
     else:
