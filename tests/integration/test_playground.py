@@ -362,6 +362,7 @@ def test_the_code_of_a_request_runs(page: Page, language: str):
 def test_the_fleet_is_shown_as_it_is(page: Page, free_engine: Engine):
     go_on_for_long(page)
     ask(page, "Hello")
+    expect(page.locator(".metrics div", has_text="Output")).to_be_visible()
     free_engine.wait_for(lambda stats: stats["num_running"] == 1)
     page.click("#show-fleet")
     figure: Callable[[str], Any] = lambda name: page.locator(".figure", has_text=name).locator("dd")  # noqa: E731
