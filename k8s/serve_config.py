@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
-SOURCES = {"cpu-dev": "cluster/config.yaml", "gpu-8b": "cluster/gpu.yaml"}
+SOURCES = {"cpu-dev": "cluster/config.yaml", "gpu-8b": "cluster/gpu.yaml", "gpu-32b": "cluster/tp.yaml"}
 """The configuration file of each overlay."""
-INGRESS_REPLICAS = {"cpu-dev": 1, "gpu-8b": 2}
+INGRESS_REPLICAS = {"cpu-dev": 1, "gpu-8b": 2, "gpu-32b": 2}
 """One for each ingress pod that is always there, on pods of their own."""
 WORKER_GROUPS = {"Ingress": "ingress", "EngineReplica": "engine"}
 """Where each deployment's replicas go: the label `role` of worker groups in k8s/base/rayservice.yaml."""
@@ -39,7 +39,11 @@ def for_pods(configuration: dict[str, Any], ingress_replicas: int) -> dict[str, 
             raise ValueError(f"deployments are {names}, expected {list(WORKER_GROUPS)}: each needs a worker group")
         for deployment in application["deployments"]:
             options = deployment.setdefault("ray_actor_options", dict(ACTOR_OPTIONS[deployment["name"]]))
-            options["label_selector"] = {"role": WORKER_GROUPS[deployment["name"]]}
+            role = {"role": WORKER_GROUPS[deployment["name"]]}
+            if "placement_group_bundles" in deployment:
+                deployment["placement_group_bundle_label_selector"] = [role]  # one stands for all bundles
+            else:
+                options["label_selector"] = role
             if deployment["name"] == "Ingress":
                 deployment |= {"num_replicas": ingress_replicas, "max_replicas_per_node": 1}
     return values

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-OVERLAYS = ("cpu-dev", "gpu-8b")
+OVERLAYS = ("cpu-dev", "gpu-8b", "gpu-32b")
 Manifest = dict[str, Any]
 
 

@@ -17,6 +17,7 @@ from tests.kubernetes import (
     selects,
     worker_groups,
 )
+from tests.unit.test_auth import plain_app
 
 INTERNAL_PORTS = {6379, 8265, 10001, 52365}
 """Of the control store, the dashboard, Ray's client server and the agents: for the cluster alone."""
@@ -163,7 +164,7 @@ def test_selectors_select_pods_that_there_are(overlay: str):
 
 def test_monitors_name_ports_that_pods_have(overlay: str):
     monitors = of_kind(overlay, "PodMonitor")
-    assert bool(monitors) == (overlay == "gpu-8b")
+    assert bool(monitors) == (overlay != "cpu-dev")
     for monitor in monitors:
         templates = [
             each for each in pod_templates(overlay).values() if selects(monitor["spec"]["selector"], each["labels"])
@@ -213,7 +214,7 @@ def test_what_goes_out_is_named(overlay: str):
         }
         for pod in pod_templates(overlay)
     }
-    download = {frozenset({443})} if overlay == "gpu-8b" else set()
+    download = {frozenset({443})} if overlay != "cpu-dev" else set()
     assert outward == {"head": {frozenset({443, 6443})}, "ingress": set(), "engine": download, "redis": set()}
     for policy in of_kind(overlay, "NetworkPolicy"):
         for rule in policy["spec"].get("egress", []):
@@ -229,22 +230,39 @@ def test_only_the_api_is_routed_from_outside(overlay: str):
     assert cluster["headGroupSpec"].get("serviceType", "ClusterIP") == "ClusterIP"
     assert not cluster["headGroupSpec"].get("enableIngress") and not of_kind(overlay, "Ingress")
     routes = of_kind(overlay, "HTTPRoute")
-    assert bool(routes) == (overlay == "gpu-8b")
+    assert bool(routes) == (overlay != "cpu-dev")
+    served = {route.path for route in plain_app(()).routes}
     for route in routes:
-        for rule in route["spec"]["rules"]:
-            paths = {(match["path"]["type"], match["path"]["value"]) for match in rule["matches"]}
-            assert paths == {("PathPrefix", "/v1"), ("Exact", "/health"), ("Exact", "/version")}
+        api, page = route["spec"]["rules"]
+        assert matched(api) | matched(page) == served - {"/metrics", "/openapi.json"}
+        # The page's files and what its fleet view asks; not a route of the API.
+        assert {path for path in matched(page) if not path.startswith("/playground/")} == {"/", "/status"}
+        # A limit of the gateway would cut streams.
+        assert set(api["timeouts"].values()) == {"0s"}
+        for rule in (api, page):
             [backend] = rule["backendRefs"]
             name = ray_service(overlay)["metadata"]["name"]
             assert (backend["name"], backend["port"]) == (f"{name}-serve-svc", 8000)
-            # A limit of the gateway would cut streams.
-            assert set(rule["timeouts"].values()) == {"0s"}
+
+
+def matched(rule: Manifest) -> set[str]:
+    """Routes of the service that a rule of an HTTPRoute lets through. Raises ValueError where a match has none."""
+    found: set[str] = set()
+    for match in rule["matches"]:
+        path, is_exact = match["path"]["value"], match["path"]["type"] == "Exact"
+        hits = {each.path for each in plain_app(()).routes if each.path == path}
+        if not is_exact:
+            hits |= {each.path for each in plain_app(()).routes if each.path.startswith(f"{path}/")}
+        if not hits:
+            raise ValueError(f"the service has no route for {match}")
+        found |= hits
+    return found
 
 
 def test_the_engine_sees_the_models_but_cannot_change_or_download_them(overlay: str):
     spec = pod_templates(overlay)["engine"]["spec"]
-    assert bool(spec.get("initContainers")) == (overlay == "gpu-8b")
-    if overlay == "gpu-8b":
+    assert bool(spec.get("initContainers")) == (overlay != "cpu-dev")
+    if overlay != "cpu-dev":
         [engine], [download] = spec["containers"], spec["initContainers"]
         mounts = [
             next(mount for mount in container["volumeMounts"] if mount["name"] == "model-cache")
