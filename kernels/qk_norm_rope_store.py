@@ -151,8 +151,9 @@ def _qk_norm_rope_store_kernel(
     KV_ROWS: tl.constexpr,
 ) -> None:
     """Programs of a token: first those for its q heads, then those for k, then those for v."""
-    q_programs: tl.constexpr = tl.cdiv(NUM_HEADS, Q_ROWS)
-    kv_programs: tl.constexpr = tl.cdiv(NUM_KV_HEADS, KV_ROWS)
+    # Not by tl.cdiv, which up to Triton 3.6 gives no constant.
+    q_programs: tl.constexpr = (NUM_HEADS + Q_ROWS - 1) // Q_ROWS
+    kv_programs: tl.constexpr = (NUM_KV_HEADS + KV_ROWS - 1) // KV_ROWS
     k_start: tl.constexpr = NUM_HEADS * HEAD_DIM
     kv_size: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
     token = (tl.program_id(0) // (q_programs + 2 * kv_programs)).to(tl.int64)

@@ -25,7 +25,7 @@ def _silu_and_mul_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    blocks_per_row: tl.constexpr = tl.cdiv(SIZE, BLOCK)
+    blocks_per_row: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     row = (program // blocks_per_row).to(tl.int64)
     columns = program % blocks_per_row * BLOCK + tl.arange(0, BLOCK)
