@@ -8,6 +8,7 @@ import subprocess
 import tomllib
 from functools import cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray.serve.schema import ServeDeploySchema
 
 from k8s.serve_config import SOURCES, for_pods, manifest
@@ -193,6 +196,31 @@ def test_the_rules_of_the_service_are_the_ones_beside_the_dashboards():
     rules = yaml.safe_load((ROOT / "cluster/prometheus/rules.yaml").read_text())
     specs = [each["spec"] for each in of_kind("gpu-8b", "PrometheusRule")]
     assert rules in specs, "run `python -m k8s.rules`"
+
+
+def needed(requirements: list[str]) -> set[str]:
+    """Names of the packages that these need, theirs included. What is not installed here needs nothing."""
+    found, left = set(), [Requirement(each) for each in requirements]
+    while left:
+        one = left.pop()
+        name = canonicalize_name(one.name)
+        if (name, *one.extras) in found:
+            continue
+        found.add((name, *one.extras))
+        try:
+            more = [Requirement(each) for each in requires(name) or ()]
+        except PackageNotFoundError:
+            continue
+        chosen = one.extras | {""}
+        left += [each for each in more if not each.marker or any(each.marker.evaluate({"extra": x}) for x in chosen)]
+    return {name for name, *_ in found}
+
+
+def test_every_package_in_the_image_has_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines if "==" in line}
+    assert needed(project["dependencies"] + project["optional-dependencies"]["serve"]) - pinned == set()
 
 
 def test_the_image_is_made_of_pinned_versions_and_has_no_root():
