@@ -6,24 +6,24 @@ there could be, and those past the last tile leave. Both are weight · xᵀ: of 
 the left one has 64 rows, the right one as few as eight.
 
 Weights of 8 or 4 bits stay so in memory, and are widened tile by tile on their way to the matrix units; x is not
-rounded. Scales are by expert, group of inputs and channel: a step of the inner loop has one for each channel.
+rounded. Scales are by expert, group of inputs and channel: a step of the inner loop has one for each channel, or of
+GGUF's blocks a few, which weights are multiplied with before the product instead of after it.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import CompileCase, tl, triton, uses_triton
+from kernels.expert_weights import check_experts, has_block_scales, scaling_of
 from kernels.moe_route import Route, route, route_reference
-from kernels.quantize_weights import GROUP, SCALE_BLOCK, SPAN, WORDS, dequantize_fp8_block
+from kernels.quantize_weights import BLOCK, GROUP, SCALE_BLOCK, SPAN, WORDS, dequantize_fp8_block
 from kernels.silu_and_mul import silu_and_mul_reference
 from kernels.split_k import pipeline_stages, shared_memory_limit
+from kernels.weight_only_blocks import weight_only_blocks_cpu, weight_only_blocks_reference, widened
 from kernels.weight_only_mm import weight_only_mm_cpu, weight_only_mm_reference
 
 BLOCK_K = 64
-QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.int16)
 SUM_BLOCK = 1024
 """Columns that a program of the final sum takes."""
 
@@ -54,14 +54,13 @@ def _linear(x: Tensor, weight: Tensor, scale: Tensor | None, expert: int) -> Ten
     """x · weight[expert]ᵀ."""
     if scale is None:
         return F.linear(x, weight[expert])
-    if _has_block_scales(weight, scale):
+    if has_block_scales(weight, scale):
         return F.linear(x, dequantize_fp8_block(weight[expert], scale[expert].t(), x.dtype))
+    if scale.dtype == torch.float16:
+        product = weight_only_blocks_cpu if x.is_cpu else weight_only_blocks_reference
+        return product(x, weight[expert], scale[expert])
     product = weight_only_mm_cpu if x.is_cpu else weight_only_mm_reference
     return product(x, weight[expert], scale[expert] if weight.dtype == torch.int16 else scale[expert, 0])
-
-
-def _has_block_scales(weight: Tensor, scale: Tensor) -> bool:
-    return weight.dtype == torch.float8_e4m3fn and scale.shape[2] != weight.shape[1]
 
 
 @triton.jit
@@ -93,6 +92,7 @@ def _add_product(
     is_row: tl.tensor,
     k: tl.tensor,  # first input
     in_range: tl.tensor,  # [1, BLOCK_K]
+    HALF: tl.constexpr,  # of each byte, where it holds the codes of two inputs
     FIRST: tl.constexpr,
     ROWS: tl.constexpr,  # of an expert's weight
     K: tl.constexpr,
@@ -100,8 +100,9 @@ def _add_product(
     BITS: tl.constexpr,
     SCALE_K: tl.constexpr,
     SCALE_N: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
 ) -> tl.tensor:
-    """total + weight[expert, FIRST + columns, k … k + BLOCK_K - 1] · x."""
+    """total + weight[expert, FIRST + columns, those inputs from k on that x has] · x."""
     # Gates' and ups' addresses differ by a constant, so that they share registers.
     weight_rows = (expert.to(tl.int64) * ROWS + columns)[:, None]
     rows = FIRST + columns
@@ -111,6 +112,16 @@ def _add_product(
             weight_ptr + weight_rows * K + inner + (FIRST * K + k), mask=is_row[:, None] & in_range, other=0.0
         )
         total = tl.dot(weight, x, total, input_precision="ieee")
+    elif BLOCK_BYTES > 0:
+        block = tl.arange(0, BLOCK_K // BLOCK_BYTES)
+        scale_row = (expert.to(tl.int64) * (K // 32) + k // 32 + block) * ROWS
+        is_block = is_row[:, None] & (k // 32 + block < K // 32)[None, :]
+        scale = tl.load(scale_ptr + scale_row[None, :] + rows[:, None], mask=is_block, other=0.0)
+        bytes_of_row: tl.constexpr = K // 32 * BLOCK_BYTES
+        codes_ptrs = weight_ptr + weight_rows * bytes_of_row + inner + (FIRST * bytes_of_row + k // 32 * BLOCK_BYTES)
+        codes = tl.load(codes_ptrs, mask=is_row[:, None] & in_range, other=0)
+        codes = tl.reshape(codes, [columns.shape[0], BLOCK_K // BLOCK_BYTES, BLOCK_BYTES])
+        total = tl.dot(widened(codes, scale, HALF, BLOCK_BYTES, x.dtype), x, total, input_precision="ieee")
     elif BITS == 8:
         scale_row = (expert.to(tl.int64) * tl.cdiv(K, SCALE_K) + k // SCALE_K) * tl.cdiv(ROWS, SCALE_N)
         scale = tl.load(scale_ptr + scale_row + rows // SCALE_N, mask=is_row, other=0.0)
@@ -153,6 +164,7 @@ def _expert_mm_kernel(
     BITS: tl.constexpr,  # of a weight; 16: those of x
     SCALE_K: tl.constexpr,  # inputs that share a scale
     SCALE_N: tl.constexpr,  # rows that do
+    BLOCK_BYTES: tl.constexpr,  # of the codes of a block of GGUF; 0: there are no such blocks
 ) -> None:
     expert, first, count = _find_tile(counts_ptr, tl.program_id(0), EXPERTS, BLOCK_E, BLOCK_M)
     if expert >= EXPERTS:
@@ -163,22 +175,28 @@ def _expert_mm_kernel(
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_column = columns < N
     inner = tl.arange(0, BLOCK_K)
+    # A byte of Q4_0 holds the codes of two inputs, 16 apart: those of the lower halves are multiplied first.
+    halves: tl.constexpr = 2 if BLOCK_BYTES == 16 else 1
+    if halves == 2:
+        inner = inner // 16 * 32 + inner % 16
     x_ptrs = x_ptr + (pairs // TOP_K if GATED else pairs)[:, None] * x_stride + inner[None, :]
     rows: tl.constexpr = 2 * N if GATED else N
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     total_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for k in range(0, K, BLOCK_K):
-        in_range = inner[None, :] < (BLOCK_K if K % BLOCK_K == 0 else K - k)
-        x = tl.trans(tl.load(x_ptrs + k, mask=is_pair[:, None] & in_range, other=0.0))
-        total = _add_product(
-            total, x, weight_ptr, scale_ptr, expert, columns, is_column, k, in_range, 0, rows, K, BLOCK_K, BITS,
-            SCALE_K, SCALE_N,
-        )  # fmt: skip
-        if GATED:
-            total_up = _add_product(
-                total_up, x, weight_ptr, scale_ptr, expert, columns, is_column, k, in_range, N, rows, K, BLOCK_K, BITS,
-                SCALE_K, SCALE_N,
+    step: tl.constexpr = BLOCK_K * halves
+    for k in range(0, K, step):
+        in_range = inner[None, :] < (step if K % step == 0 else K - k)
+        for half in tl.static_range(halves):
+            x = tl.trans(tl.load(x_ptrs + k + 16 * half, mask=is_pair[:, None] & in_range, other=0.0))
+            total = _add_product(
+                total, x, weight_ptr, scale_ptr, expert, columns, is_column, k, in_range, half, 0, rows, K, BLOCK_K,
+                BITS, SCALE_K, SCALE_N, BLOCK_BYTES,
             )  # fmt: skip
+            if GATED:
+                total_up = _add_product(
+                    total_up, x, weight_ptr, scale_ptr, expert, columns, is_column, k, in_range, half, N, rows, K,
+                    BLOCK_K, BITS, SCALE_K, SCALE_N, BLOCK_BYTES,
+                )  # fmt: skip
     if GATED:
         total = total / (1.0 + tl.exp(-total)) * total_up
     y_ptrs = y_ptr + pairs[:, None] * N + columns[None, :]
@@ -192,11 +210,11 @@ def _weighted_sum_kernel(
     y_ptr: tl.tensor,  # [num_tokens, N] contiguous
     N: tl.constexpr,
     TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.float32)
     for rank in tl.static_range(TOP_K):
         pair = token * TOP_K + rank
         x = tl.load(x_ptr + pair * N + columns, mask=columns < N, other=0.0)
@@ -244,11 +262,13 @@ def fused_moe(
         router_logits: [num_tokens, num_experts] any float dtype, any row stride; softmax is taken here, in float32.
         gate_up_weight: [num_experts, 2 · intermediate_size, hidden_size], gates first, contiguous, the dtype of hidden.
         down_weight: [num_experts, hidden_size, intermediate_size], contiguous, the dtype of hidden.
-            With scales, both are int8 or float8_e4m3fn, or int16 as `pack_int4` makes them of each expert's weight.
+            With scales, each is int8 or float8_e4m3fn, or int16 as `pack_int4` makes them of each expert's weight, or
+            uint8 with two codes in a byte as `weight_only_blocks` takes them.
         top_k: experts a token goes to.
         norm_topk_prob: whether the routing weights of a token are divided by their sum.
         gate_up_scale, down_scale: contiguous, of each expert: float32 [1, rows]; or float32 [⌈inputs/128⌉, ⌈rows/128⌉]
-            for blocks of float8; or int32 [groups, rows] as `pack_scale_zero` makes them. None: weights as above.
+            for blocks of float8; or int32 [groups, rows] as `pack_scale_zero` makes them; or float16 [inputs/32, rows]
+            for int8 and uint8 in blocks of GGUF. None: weights as above.
 
     Returns:
         [num_tokens, hidden_size], the dtype of hidden.
@@ -256,7 +276,7 @@ def fused_moe(
     Raises:
         ValueError: shapes, dtypes or strides that are not as above, or top_k is not 1 … num_experts.
     """
-    _check(hidden, router_logits, gate_up_weight, down_weight, gate_up_scale, down_scale)
+    check_experts(hidden, router_logits, gate_up_weight, down_weight, gate_up_scale, down_scale)
     if not hidden.shape[0]:
         return torch.empty_like(hidden)
     if not uses_triton(hidden):
@@ -270,82 +290,15 @@ def fused_moe(
     y = torch.empty(num_tokens, hidden_size, dtype=hidden.dtype, device=hidden.device)
     block = min(SUM_BLOCK, triton.next_power_of_2(hidden_size))
     _weighted_sum_kernel[num_tokens, triton.cdiv(hidden_size, block)](
-        outputs, routed.weights, y, N=hidden_size, TOP_K=top_k, BLOCK=block, num_warps=max(1, block // 256)
+        outputs, routed.weights, y, N=hidden_size, TOP_K=top_k, WIDTH=block, num_warps=max(1, block // 256)
     )
     return y
-
-
-def _check_scale(weight: Tensor, scale: Tensor, inputs: int) -> None:
-    wanted = _scaling(weight, scale, inputs)
-    if weight.dtype not in QUANTIZED_DTYPES or scale.dtype != wanted.dtype:
-        raise ValueError(
-            f"weight is {weight.dtype} with scales of {scale.dtype}, expected one of {QUANTIZED_DTYPES} with float32, "
-            "or int16 with int32"
-        )
-    if scale.shape != wanted.shape or not scale.is_contiguous():
-        raise ValueError(f"scale is {tuple(scale.shape)}, expected contiguous {wanted.shape}")
-
-
-class _Scaling(NamedTuple):
-    """How a quantized weight is stored: bits, inputs and rows that share a scale, type and shape of the scales."""
-
-    bits: int
-    inputs: int
-    rows: int
-    dtype: torch.dtype
-    shape: tuple[int, int, int]
-
-
-def _scaling(weight: Tensor, scale: Tensor, inputs: int) -> _Scaling:
-    num_experts, rows = weight.shape[:2]
-    if weight.dtype == torch.int16:
-        return _Scaling(4, GROUP, 1, torch.int32, (num_experts, -(-inputs // SPAN) * 2, rows))
-    if _has_block_scales(weight, scale):
-        blocks = (num_experts, -(-inputs // SCALE_BLOCK), -(-rows // SCALE_BLOCK))
-        return _Scaling(8, SCALE_BLOCK, SCALE_BLOCK, torch.float32, blocks)
-    return _Scaling(8, inputs, 1, torch.float32, (num_experts, 1, rows))
-
-
-def _check(
-    hidden: Tensor,
-    router_logits: Tensor,
-    gate_up_weight: Tensor,
-    down_weight: Tensor,
-    gate_up_scale: Tensor | None,
-    down_scale: Tensor | None,
-) -> None:
-    (num_tokens, hidden_size), (num_experts, rows) = hidden.shape, gate_up_weight.shape[:2]
-    intermediate = rows // 2
-    quantized = gate_up_scale is not None and down_scale is not None
-    if gate_up_scale is not None and down_scale is not None:
-        _check_scale(gate_up_weight, gate_up_scale, hidden_size)
-        _check_scale(down_weight, down_scale, intermediate)
-    packed = quantized and gate_up_weight.dtype == torch.int16
-    widths = [-(-size // SPAN) * WORDS if packed else size for size in (hidden_size, intermediate)]
-    shapes = ((num_tokens, num_experts), (num_experts, 2 * intermediate, widths[0]))
-    if (router_logits.shape, gate_up_weight.shape) != shapes or down_weight.shape[1:] != (hidden_size, widths[1]):
-        raise ValueError(
-            f"hidden is {tuple(hidden.shape)}, router_logits {tuple(router_logits.shape)}, gate_up_weight "
-            f"{tuple(gate_up_weight.shape)}, down_weight {tuple(down_weight.shape)}; expected [tokens, hidden], "
-            "[tokens, experts], [experts, 2 · intermediate, hidden] and [experts, hidden, intermediate]"
-        )
-    if not gate_up_weight.dtype == down_weight.dtype == (down_weight.dtype if quantized else hidden.dtype):
-        raise ValueError(
-            f"hidden is {hidden.dtype}, gate_up_weight {gate_up_weight.dtype}, down_weight {down_weight.dtype}; "
-            "expected one dtype"
-        )
-    contiguous = gate_up_weight.is_contiguous() and down_weight.is_contiguous()
-    if not contiguous or hidden.stride(1) != 1 or router_logits.stride(1) != 1:
-        raise ValueError(
-            f"strides are {hidden.stride()}, {router_logits.stride()}, {gate_up_weight.stride()} and "
-            f"{down_weight.stride()}; expected contiguous weights, and contiguous rows of hidden and router_logits"
-        )
 
 
 def _expert_mm(x: Tensor, weight: Tensor, scale: Tensor | None, routed: Route, is_gated: bool) -> Tensor:
     """One of the two products; → [num_tokens · top_k, N]."""
     (num_tokens, top_k), (num_experts, weight_size), inner = routed.weights.shape, weight.shape[:2], x.shape[1]
-    scaling = None if scale is None else _scaling(weight, scale, inner)
+    scaling = None if scale is None else scaling_of(weight, scale, inner)
     num_pairs = num_tokens * top_k
     block_m, weight_rows, num_warps, num_stages = fused_moe_config(
         num_pairs, num_experts, x.element_size(), shared_memory_limit(x.device), scale is not None
@@ -374,6 +327,7 @@ def _expert_mm(x: Tensor, weight: Tensor, scale: Tensor | None, routed: Route, i
         BITS=16 if scaling is None else scaling.bits,
         SCALE_K=inner if scaling is None else scaling.inputs,
         SCALE_N=1 if scaling is None else scaling.rows,
+        BLOCK_BYTES=0 if scaling is None else scaling.block_bytes,
         num_warps=num_warps,
         num_stages=num_stages,
     )
@@ -393,18 +347,17 @@ def compile_cases() -> list[CompileCase]:
             name, lambda: fused_moe(hidden, logits, gate_up, down, 8, True), wgmma=dtype == torch.bfloat16
         )
 
-    def quantized(num_tokens: int, dtype: torch.dtype, in_blocks: bool) -> CompileCase:
+    def quantized(num_tokens: int, dtype: torch.dtype, scale_dtype: torch.dtype, group: int, rows: int) -> CompileCase:
+        """group: inputs that share a scale, 0 for all; rows: how many rows do."""
         hidden = torch.empty(num_tokens, 2048, dtype=torch.bfloat16, device="meta")
         logits = torch.empty(num_tokens, 128, dtype=torch.bfloat16, device="meta")
         weights, scales = [], []
-        for rows, inputs in ((1536, 2048), (2048, 768)):
-            packed = dtype == torch.int16
-            width = inputs // SPAN * WORDS if packed else inputs
-            weights.append(torch.empty(128, rows, width, dtype=dtype, device="meta"))
-            shape = (inputs // GROUP, rows) if packed else (inputs // 128, rows // 128) if in_blocks else (1, rows)
-            scale_dtype = torch.int32 if packed else torch.float32
-            scales.append(torch.empty(128, *shape, dtype=scale_dtype, device="meta"))
-        name = f"fused_moe {num_tokens} {str(dtype).removeprefix('torch.')}{' in blocks' if in_blocks else ''}"
+        for channels, inputs in ((1536, 2048), (2048, 768)):
+            width = {torch.int16: inputs // SPAN * WORDS, torch.uint8: inputs // 2}.get(dtype, inputs)
+            weights.append(torch.empty(128, channels, width, dtype=dtype, device="meta"))
+            groups = inputs // group if group else 1
+            scales.append(torch.empty(128, groups, channels // rows, dtype=scale_dtype, device="meta"))
+        name = f"fused_moe {num_tokens} {dtype} by {group} {rows}".replace("torch.", "")
         is_float8 = dtype == torch.float8_e4m3fn
         return CompileCase(
             name,
@@ -416,13 +369,15 @@ def compile_cases() -> list[CompileCase]:
         *(case(num_tokens, torch.bfloat16) for num_tokens in (1, 256, 512, 4096)),
         case(1, torch.float32),
         *(
-            quantized(num_tokens, dtype, in_blocks)
+            quantized(num_tokens, *stored)
             for num_tokens in (1, 4096)
-            for dtype, in_blocks in (
-                (torch.int8, False),
-                (torch.int16, False),
-                (torch.float8_e4m3fn, False),
-                (torch.float8_e4m3fn, True),
+            for stored in (
+                (torch.int8, torch.float32, 0, 1),
+                (torch.int16, torch.int32, GROUP, 1),
+                (torch.float8_e4m3fn, torch.float32, 0, 1),
+                (torch.float8_e4m3fn, torch.float32, SCALE_BLOCK, SCALE_BLOCK),
+                (torch.int8, torch.float16, BLOCK, 1),
+                (torch.uint8, torch.float16, BLOCK, 1),
             )
         ),
     ]

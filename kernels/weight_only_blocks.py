@@ -33,7 +33,7 @@ WIDEN_CHANNELS = 16
 
 
 @triton.jit
-def _widened(
+def widened(
     codes: tl.tensor,  # [channels, blocks, BYTES] int8 or uint8
     scale: tl.tensor,  # [channels, blocks] float16
     HALF: tl.constexpr,  # of each byte, where it holds two codes
@@ -88,7 +88,7 @@ def _weight_only_blocks_kernel(
         scale = tl.load(scale_ptrs + first * N, mask=mask, other=0.0)
         for half in tl.static_range(32 // BYTES):
             x = tl.load(x_ptrs + first * 32 + half * 16, mask=x_mask & (inputs < left * 32)[None, :], other=0.0)
-            total = tl.dot(x, tl.trans(_widened(codes, scale, half, BYTES, x.dtype)), total)
+            total = tl.dot(x, tl.trans(widened(codes, scale, half, BYTES, x.dtype)), total)
     total, is_last = combine_splits(total, parts_ptr, counters_ptr, tile, split, BLOCK_M, BLOCK_N, SPLITS)
     store_rows(y_ptr, bias_ptr, total, rows, columns, x_mask & is_channel[None, :] & is_last, N)
 
@@ -115,7 +115,7 @@ def _widen_blocks_kernel(
     wide_mask = (columns < N)[:, None] & (inputs < BLOCKS * 32)[None, :]
     wide_ptrs = wide_ptr + columns[:, None].to(tl.int64) * (BLOCKS * 32) + inputs[None, :]
     for half in tl.static_range(32 // BYTES):
-        wide = _widened(codes, scale, half, BYTES, wide_ptr.dtype.element_ty)
+        wide = widened(codes, scale, half, BYTES, wide_ptr.dtype.element_ty)
         tl.store(wide_ptrs + half * 16, wide, mask=wide_mask)
 
 

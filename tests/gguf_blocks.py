@@ -9,9 +9,13 @@ KINDS = ("Q8_0", "Q4_0")
 
 def random_blocks(kind: str, channels: int, inner: int) -> Tensor:
     """uint8 [channels, inner/32, bytes of a block], as a file holds them."""
-    weight = (torch.randn(channels, inner) * 0.05 + 0.01).numpy()
-    blocks = torch.from_numpy(gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind]))
-    return blocks.view(channels, inner // 32, -1)
+    return encode_blocks(torch.randn(channels, inner) * 0.05 + 0.01, kind)
+
+
+def encode_blocks(weight: Tensor, kind: str) -> Tensor:
+    """float32 [channels, inner] in such blocks."""
+    blocks = torch.from_numpy(gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[kind]))
+    return blocks.view(weight.shape[0], weight.shape[1] // 32, -1)
 
 
 def split_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ class ExpertWeights(nn.Module):
         return self.parts * self.num_experts
 
     @property
-    def scale(self) -> None:
+    def scales(self) -> None:
         """Weights are not quantized; see `QuantizedExperts`."""
         return
 
@@ -93,7 +93,7 @@ class MoE(nn.Module):
             self.experts_down.stacked(),
             self._top_k,
             self._norm_topk_prob,
-            self.experts_gate_up.scale,
-            self.experts_down.scale,
+            self.experts_gate_up.scales,
+            self.experts_down.scales,
         )
         return self._group.all_reduce(outputs)

@@ -47,12 +47,12 @@ class QuantizedExperts(nn.Module):
 
     def after_loading(self) -> None:
         """Scales by expert, group of inputs and channel, as `fused_moe` reads them."""
-        scales = self.scale.unflatten(0, (self._num_experts, -1))
+        scales = self.scales.unflatten(0, (self._num_experts, -1))
         scales = scales.unsqueeze(1) if scales.dim() == 2 else scales.transpose(1, 2).contiguous()
         self.get_parameter(self._scale_name).data = scales
 
     @property
-    def scale(self) -> Tensor:
+    def scales(self) -> Tensor:
         return self.get_parameter(self._scale_name)
 
     def stacked(self) -> Tensor:

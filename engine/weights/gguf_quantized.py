@@ -1,9 +1,8 @@
-"""A model with the weights of a GGUF file that stay quantized: Q8_0 and Q4_0 of linear layers."""
+"""A model with the weights of a GGUF file that stay quantized: Q8_0 and Q4_0 of linear layers and experts."""
 
 import torch
 from torch import nn
 
-from engine.layers.moe import ExpertWeights
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.gguf_checkpoint import GgufCheckpoint
 from engine.weights.quantized_checkpoint import Part, QuantizedCheckpoint, quantizable_layers, swap
@@ -15,8 +14,8 @@ def keep_quantized(
 ) -> Checkpoint:
     """Swap linear layers for ones that take the file's blocks as they are, and get the checkpoint that fills the model.
 
-    All else is dequantized: embeddings, the output projection, experts, other types, layers that are computed at once
-    and lie in several types, shares of ranks that are no whole blocks; and all of a float32 model on a GPU, where
+    All else is dequantized: embeddings, the output projection, other types, layers that are computed at once and lie in
+    several types, shares of ranks that are no whole blocks; and all of a float32 model on a GPU, where
     blocks are not multiplied with float32.
 
     Args:
@@ -29,8 +28,6 @@ def keep_quantized(
         return checkpoint
     parts: dict[Part, Format] = {}
     for path, layer, found in quantizable_layers(model, checkpoint.tensors):
-        if isinstance(layer, ExpertWeights):
-            continue
         formats = {_format(checkpoint, part) for part in found}
         stored = formats.pop()
         if formats or stored is None:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from kernels.fused_moe import fused_moe, fused_moe_reference
+from tests.gguf_blocks import KINDS
 from tests.gpu import captured, needs_cuda
 from tests.kernels import DTYPES, padded_rows
-from tests.kernels.test_fused_moe import check_moe, random_inputs
+from tests.kernels.test_fused_moe import check_moe, quantized, random_inputs
 from tests.kernels.test_moe_route import check_route, random_logits
 
 pytestmark = needs_cuda
@@ -30,6 +31,21 @@ def test_layers(num_tokens, size):
 def test_dtypes(num_tokens, dtype):
     hidden, *rest = random_inputs(num_tokens, 1000, 392, 16, dtype, "cuda")
     check_moe((padded_rows(hidden, 8), *rest), 4, False, definition=expert_by_expert)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", *KINDS])
+@pytest.mark.parametrize("num_tokens", [1, 33, 700])
+def test_weights_of_8_and_4_bits(num_tokens, scheme):
+    inputs = random_inputs(num_tokens, 1024, 384, 16, torch.bfloat16)
+    (gate_up, gate_up_scale, wide_gate_up), (down, down_scale, wide_down) = (
+        [tensor.cuda() for tensor in quantized(weight, scheme)] for weight in inputs[2:]
+    )
+    hidden, logits = (tensor.cuda() for tensor in inputs[:2])
+
+    def run(hidden, logits, _gate_up, _down, top_k, norm_topk_prob):
+        return fused_moe(hidden, logits, gate_up, down, top_k, norm_topk_prob, gate_up_scale, down_scale)
+
+    check_moe((hidden, logits, wide_gate_up, wide_down), 8, True, operation=run, definition=expert_by_expert)
 
 
 def test_all_tokens_to_the_same_experts():

@@ -18,6 +18,7 @@ from kernels.quantize_weights import (
     quantize_int8_per_channel,
 )
 from kernels.split_k import PLANNED_SHARED_MEMORY
+from tests.gguf_blocks import KINDS, encode_blocks, split_blocks, wide_weights
 from tests.kernels import DTYPES, SUM_ERROR, UNIT_ROUNDOFF, interpreted, padded_rows, poisoned_memory
 
 
@@ -88,7 +89,11 @@ def quantized(weight, scheme):
     """(stored, scale, what they stand for) of [num_experts, rows, inputs] weights."""
     made = []
     for expert in weight.float():
-        if scheme == "int4":
+        if scheme in KINDS:
+            blocks = encode_blocks(expert, scheme)
+            # Widened in the kernel, they are rounded to the type of x.
+            made.append((*split_blocks(blocks), wide_weights(blocks, scheme).to(weight.dtype)))
+        elif scheme == "int4":
             packed, scale = quantize_int4_group(expert, symmetric=False)
             made.append((packed, scale, dequantize_int4_group(packed, scale, expert.shape[1], torch.float32)))
         elif scheme == "fp8 blocks":
@@ -101,7 +106,7 @@ def quantized(weight, scheme):
 
 
 @pytest.mark.parametrize("operation", [fused_moe, fused_moe_reference])
-@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8", "fp8 blocks"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8", "fp8 blocks", *KINDS])
 @pytest.mark.parametrize(("num_tokens", "dtype"), [(1, torch.bfloat16), (30, torch.float16)], ids=str)
 def test_weights_of_8_and_4_bits(num_tokens, dtype, scheme, operation):
     """Against a loop over tokens with the numbers that the weights stand for: x is not rounded."""
@@ -114,6 +119,29 @@ def test_weights_of_8_and_4_bits(num_tokens, dtype, scheme, operation):
     check_moe((*inputs[:2], gate_up[2], down[2]), 3, True, operation=run)
 
 
+@settings(interpreted, max_examples=5)
+@given(
+    num_tokens=st.integers(1, 20),
+    hidden_blocks=st.integers(1, 7),
+    intermediate_blocks=st.integers(1, 5),
+    kinds=st.tuples(st.sampled_from(KINDS), st.sampled_from([*KINDS, "wide"])),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_blocks_of_any_shape(num_tokens, hidden_blocks, intermediate_blocks, kinds, dtype):
+    """Widths that are no multiples of what the kernel takes at once; a file may have each matrix in its own type."""
+    inputs = random_inputs(num_tokens, 32 * hidden_blocks, 32 * intermediate_blocks, 3, dtype)
+    stored = [
+        quantized(weight, kind) if kind in KINDS else (weight, None, weight)
+        for weight, kind in zip(inputs[2:], kinds, strict=True)
+    ]
+    (gate_up, gate_up_scale, wide_gate_up), (down, down_scale, wide_down) = stored
+
+    def run(hidden, logits, _gate_up, _down, top_k, norm_topk_prob):
+        return fused_moe(hidden, logits, gate_up, down, top_k, norm_topk_prob, gate_up_scale, down_scale)
+
+    check_moe((*inputs[:2], wide_gate_up, wide_down), 2, True, operation=run)
+
+
 def test_scales_that_do_not_fit_are_refused():
     hidden, logits, *weights = random_inputs(2, 256, 128, 3, torch.bfloat16)
     (gate_up, gate_up_scale, _), (down, down_scale, _) = (quantized(weight, "int8") for weight in weights)
@@ -123,6 +151,10 @@ def test_scales_that_do_not_fit_are_refused():
         fused_moe(hidden, logits, gate_up, down, 2, True, gate_up_scale.int(), down_scale)
     with pytest.raises(ValueError, match="expected one dtype"):
         fused_moe(hidden, logits, gate_up, down, 2, True)
+    with pytest.raises(ValueError, match=r"scale is \(3, 1, 256\), expected contiguous \(3, 8, 256\)"):
+        fused_moe(hidden, logits, gate_up, down, 2, True, gate_up_scale.half(), down_scale)
+    with pytest.raises(ValueError, match="136 inputs, expected a multiple of 32"):
+        fused_moe(hidden[:, :136], logits, gate_up[..., :136], down[:, :136], 2, True, gate_up_scale.half(), down_scale)
 
 
 def test_all_tokens_to_the_same_experts():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from engine import LLM, CheckpointError
+from engine.layers.quantized_experts import QuantizedExperts
 from engine.layers.quantized_linear import BlockLinear, Q4Linear, Q8Linear
 from engine.weights import gguf_quantized
 from engine.weights.gguf_checkpoint import GgufCheckpoint
@@ -113,7 +114,7 @@ def write(folder, family, kind=F32, **changes):
             values = interleave(values, heads)
         add(writer, names, name, values, changes.get("kinds", {}).get(name.split(".")[-2], kind))
     for name, matrices in stacked.items():
-        add(writer, names, name, np.stack(matrices), kind)
+        add(writer, names, name, np.stack(matrices), changes.get("kinds", {}).get(name.split(".")[-2], kind))
     if rope["rope_type"] == "llama3":
         head_dim = config["hidden_size"] // config["num_attention_heads"]
         divisors = rope_divisors(rope, head_dim) * changes.get("divisors", 1.0)
@@ -154,17 +155,21 @@ def gguf_logits(path, dtype="float32"):
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 @pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3moe"])
 def test_logits_of_kept_blocks_are_those_of_dequantized_ones(tmp_path, monkeypatch, family, kind):
-    """Biases of Qwen2, reordered rows of Llama, experts that are dequantized: layers compute with the file's codes."""
-    path, _ = write(tmp_path, family, KINDS[kind])
+    """Biases of Qwen2, reordered rows of Llama, experts, once in two types: layers compute with the file's codes."""
+    kinds = {"down_proj": KINDS["Q8_0"]} if family == "qwen3moe" else {}
+    path, _ = write(tmp_path, family, KINDS[kind], kinds=kinds)
     kept, model = gguf_logits(path)
     narrow, _ = gguf_logits(path, "bfloat16")
     layers = [name for name, module in model.named_modules() if type(module) is BLOCK_LAYERS[kind]]
     expected = ["qkv_proj", "o_proj"] + (["gate_up_proj", "down_proj"] if family != "qwen3moe" else [])
     assert {name.rpartition(".")[2] for name in layers} == set(expected)
     assert len(layers) == len(expected) * len(model.model.layers)
+    experts = [module.weight.dtype for module in model.modules() if isinstance(module, QuantizedExperts)]
+    dtypes = [BLOCK_LAYERS[kind].codes_dtype, torch.int8] if family == "qwen3moe" else []
+    assert experts == dtypes * len(model.model.layers)
     monkeypatch.setattr(gguf_quantized, "GGUF_BLOCKS", {})
     wide, model = gguf_logits(path)
-    assert not any(isinstance(module, BlockLinear) for module in model.modules())
+    assert not any(isinstance(module, BlockLinear | QuantizedExperts) for module in model.modules())
     torch.testing.assert_close(kept, wide, atol=1e-4, rtol=1e-4)
     assert (narrow.float() - wide).abs().mean() < 0.05 * wide.abs().mean()
 
