@@ -4,15 +4,17 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
 from engine.config import EngineConfig
 from engine.detokenizer import Detokenizer, StopStrings
-from engine.errors import RequestError
+from engine.errors import ConfigError, RequestError
 from engine.llm_engine import LLMEngine
 from engine.request import EngineRequest, FinishReason, RequestOutput, SamplingParams, TokenLogprobs
 
@@ -75,12 +77,16 @@ class LLM:
         model: `demo`, a checkpoint folder, or a hub id.
         config: any other field of EngineConfig.
 
+    Raises:
+        ConfigError: an unknown field, a value out of its range, or one that does not fit machine or model.
+        CheckpointError: the model cannot be found or used.
+
     Example:
         >>> LLM("demo").generate(["What is 2 + 3?"], SamplingParams(temperature=0, max_tokens=8))
     """
 
     def __init__(self, model: str = "demo", **config: Any) -> None:
-        self.engine = LLMEngine(EngineConfig(model=model, **config))
+        self.engine = LLMEngine(_engine_config({"model": model, **config}))
         self.tokenizer = self.engine.tokenizer
         self._num_requests = 0
 
@@ -211,3 +217,16 @@ class LLM:
             if reader.completion.finish_reason is not None:
                 self.engine.abort(output.request_id)
             yield reader
+
+
+def _engine_config(values: dict[str, Any]) -> EngineConfig:
+    try:
+        return EngineConfig(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] != "extra_forbidden":
+            raise ConfigError(f"{name} is {repr(first['input'])[:100]}: {first['msg']}") from None
+        near = get_close_matches(name, EngineConfig.model_fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else "docs/configuration.md lists them"
+        raise ConfigError(f"the engine has no option {name!r}; {hint}") from None

@@ -1,6 +1,7 @@
 """LLMEngine and LLM: what they refuse, how they isolate, what they report."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -242,3 +243,15 @@ def test_dummy_weights_need_no_checkpoint(tmp_path, checkpoint):
 def test_cuda_asked_for_and_missing(checkpoint):
     with pytest.raises(ConfigError, match="finds no CUDA device"):
         LLM(str(checkpoint), **(FIELDS | {"device": "cuda"}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tensor_parallel": 2}, "the engine has no option 'tensor_parallel'; did you mean tensor_parallel_size?"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_option_is_named_on_one_line(fields: dict[str, int], message: str):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        LLM("demo", **fields)
