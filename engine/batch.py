@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.lora.device import AdapterNotes
 from engine.request import Request
 from engine.scheduler import Step
 from engine.staging import Staging
@@ -82,6 +83,7 @@ class StepOrder:
     """One step, as every rank of a model runs it."""
 
     notes: TableNotes
+    adapters: AdapterNotes | None
     batch: HostBatch
     prompt_rows: list[tuple[int, int]]
     """First row and the one after the last, of rows whose logits give log-probabilities of prompt tokens."""

@@ -104,11 +104,6 @@ class EngineConfig(BaseModel):
     def _adapters_have_room(self) -> "EngineConfig":
         if not self.max_loras and (self.adapters or self.lora_folder is not None):
             raise ValueError("max_loras is 0 though there are adapters or a lora_folder, expected at least 1")
-        if self.max_loras and self.tensor_parallel_size > 1:
-            raise ValueError(
-                f"max_loras is {self.max_loras} and tensor_parallel_size {self.tensor_parallel_size}, expected one of "
-                "them: adapters are not split between devices"
-            )
         return self
 
 

@@ -73,7 +73,13 @@ class ModelRunner:
         self.adapters: DeviceAdapters | None = None
         if config.max_loras:
             self.adapters = DeviceAdapters(
-                self.model, config.max_loras, config.max_lora_rank, config.max_num_seqs, self._staging, self.dtype
+                self.model,
+                config.max_loras,
+                config.max_lora_rank,
+                config.max_num_seqs,
+                self._staging,
+                self.dtype,
+                group,
             )
 
         longest = config.max_model_len or model_config.context_length
@@ -117,6 +123,8 @@ class ModelRunner:
     def forget(self) -> None:
         """Forget the step whose launch has failed. Requests that it admitted or gave blocks must be admitted anew."""
         self._tables.forget_notes()
+        if self.adapters is not None:
+            self.adapters.forget_notes()
 
     def wait(self, launched: LaunchedStep) -> StepResult:
         """The outcome of a launched step, once it has ended."""
@@ -138,7 +146,8 @@ class ModelRunner:
         by_graph = self.graphs is not None and batch.is_decode
         settings = self._sampling.plain_settings(batch.request_slots, batch.context_lens) if by_graph else None
         rows = [(span.start, span.stop) for span in spans]
-        return StepOrder(self._tables.notes, batch, rows, by_graph, settings), spans
+        adapters = None if self.adapters is None else self.adapters.notes
+        return StepOrder(self._tables.notes, adapters, batch, rows, by_graph, settings), spans
 
     def _run(self, order: StepOrder, spans: Sequence[PromptSpan], before_masks: Callable[[], object]) -> LaunchedStep:
         self._tables.flush()

@@ -20,6 +20,9 @@ class CurrentRows:
 class LoraLinear(nn.Module):
     """What `base` computes, and what the adapters of the rows add to it.
 
+    Where ranks share the layer, A has this rank's inputs and B its outputs. So with a share of the inputs both base and
+    adapter give a part of a sum over all ranks, which whoever holds the layer takes once for the two.
+
     Args:
         base: a layer with weights in place.
         current: tells which adapters.
@@ -39,11 +42,10 @@ class LoraLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.base = base
-        self.in_features = base.in_features if isinstance(base, QuantizedLinear) else base.weight.shape[1]
         self.output_sizes = base.output_sizes
         self._current = current
         self._rank = rank
-        a_shape = (num_places, len(self.output_sizes) * rank, self.in_features)
+        a_shape = (num_places, len(self.output_sizes) * rank, base.inputs.size)
         b_shape = (num_places, sum(self.output_sizes), rank)
         self.lora_a = nn.Parameter(torch.zeros(a_shape, dtype=dtype, device=device), requires_grad=False)
         self.lora_b = nn.Parameter(torch.zeros(b_shape, dtype=dtype, device=device), requires_grad=False)
@@ -55,19 +57,22 @@ class LoraLinear(nn.Module):
             add_lora(y, x, self.lora_a, self.lora_b, self.output_sizes, self._current.rows)
         return y
 
-    def put(self, place: int, parts: dict[int, tuple[Tensor, Tensor]]) -> None:
-        """Write an adapter into a place, 1 for the first; parts of the output that it does not have become zero.
+    def clear(self, place: int) -> None:
+        """Make a place, 1 for the first, one of an adapter that changes nothing here."""
+        self.lora_a[place - 1].zero_()
+        self.lora_b[place - 1].zero_()
+
+    def put(self, place: int, part: int, a: Tensor, b: Tensor) -> None:
+        """Write what an adapter does to a part of the output into a cleared place.
 
         Args:
-            parts: by part of the output, A [its rank, in_features] and B [size of the part, its rank].
+            a: [its rank, all inputs of the layer], of which this rank of the model takes its own.
+            b: [all outputs of the part, its rank], likewise.
         """
-        lora_a, lora_b = self.lora_a[place - 1], self.lora_b[place - 1]
-        lora_a.zero_()
-        lora_b.zero_()
-        for part, (a, b) in parts.items():
-            first = sum(self.output_sizes[:part])
-            lora_a[part * self._rank : part * self._rank + len(a)].copy_(a, non_blocking=True)
-            lora_b[first : first + len(b), : b.shape[1]].copy_(b, non_blocking=True)
+        own = b[self.base.outputs[part].span()]
+        first = sum(self.output_sizes[:part])
+        self.lora_a[place - 1, part * self._rank : part * self._rank + len(a)] = a[:, self.base.inputs.span()]
+        self.lora_b[place - 1, first : first + len(own), : own.shape[1]] = own
 
 
 def add_adapters_to(

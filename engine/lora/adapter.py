@@ -45,7 +45,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 class PartShape(NamedTuple):
-    """Where one of a model's layers is."""
+    """Where one of a model's layers is, and how large all of it, whatever a rank of the model has."""
 
     path: str
     """Of the module that computes it, maybe with others."""
@@ -55,12 +55,20 @@ class PartShape(NamedTuple):
     out_features: int
 
 
+Outline = dict[str, dict[int, int]]
+"""What an adapter changes: by path of the layer and part of its output, the rank."""
+
+
 class Adapter(AdapterHandle):
     """An adapter's matrices in host memory: by path of the layer and part of its output, A and B · scale."""
 
     def __init__(self, name: str, version: int, layers: dict[str, dict[int, tuple[Tensor, Tensor]]]) -> None:
         super().__init__(name, version)
         self.layers = layers
+
+    @property
+    def outline(self) -> Outline:
+        return {path: {part: len(a) for part, (a, _) in parts.items()} for path, parts in self.layers.items()}
 
 
 class _PeftConfig(BaseModel):

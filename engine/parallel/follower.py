@@ -45,6 +45,9 @@ class Follower(ModelRunner):
     def _run(self, order: StepOrder, spans: Sequence[PromptSpan], before_masks: Callable[[], object]) -> LaunchedStep:
         self._tables.notes = order.notes
         self._tables.flush()
+        if self.adapters is not None and order.adapters is not None:
+            self.adapters.notes = order.adapters
+            self.adapters.flush()
         batch = order.batch
         if self.graphs is not None and order.by_graph:
             hidden = self.graphs.launch(batch.request_slots, batch.positions, order.settings).hidden

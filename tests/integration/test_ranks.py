@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -13,21 +14,26 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 import engine.llm
 import engine.parallel.follower
 import engine.runner
-from engine import LLM, CheckpointError, ConfigError, SamplingParams
+from engine import LLM, CheckpointError, ConfigError, RequestError, SamplingParams
 from engine.errors import EngineDeadError
 from engine.grammar import json_schema_grammar
+from engine.layers.quantized_linear import QuantizedLinear
+from engine.llm import Completion
 from engine.llm_engine import LLMEngine
 from engine.parallel import processes
 from engine.parallel.group import TensorParallel
 from engine.parallel.share import Share
 from engine.runner import ModelRunner
 from engine.weights import loader
+from engine.weights.hub import resolve_model
+from engine.weights.load_model import load_model
 from kernels.cpu_build import load_library
+from tests.adapters import make_adapter
 from tests.parallel_ranks import start_thread
 from tests.quantized_checkpoints import make_quantized
 from tests.tiny_models import make_tiny_model, make_tiny_qwen3
@@ -54,6 +60,9 @@ MODELS = {
     "Qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
     "Llama, all biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
 }
+FP8_ATOL = 0.15
+"""Of logits, where layers round their inputs to FP8. Sums taken in another order differ by a millionth, and where that
+carries one input past the middle between two FP8 numbers, it becomes a sixteenth of that input."""
 IN_FOUR = ("Qwen3, tied, odd vocabulary", "Qwen3, one KV head", "Qwen3 MoE")
 PROMPTS = [[5, 6, 7], list(range(20, 90)), [3]]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=1)
@@ -79,15 +88,65 @@ def divided(path: Path, size: int, **config: object) -> Iterator[LLM]:
     llm.engine.close()
 
 
+def whole(path: Path, size: int, **config: object) -> LLM:
+    """What one rank computes if sums over the inputs of quantized layers are those of `size` ranks.
+
+    Where ranks round their parts of such a sum each for itself (int8 and FP8 have a scale for all inputs that a rank
+    has), these are other numbers than one rank's, not worse ones. All else is to be equal but for the order of sums.
+    """
+    llm = LLM(str(path), **(FIELDS | config))
+    for layer, parts in quantized_layers(llm, path, size):
+        if parts[0].inputs.size < layer.inputs.size:
+            layer.forward = partial(add_up, parts)
+    return llm
+
+
+def quantized_layers(llm: LLM, path: Path, size: int) -> Iterator[tuple[QuantizedLinear, list[QuantizedLinear]]]:
+    """Each one of a model on one rank, and the same of each of several ranks."""
+    runner, config = llm.engine.runner, llm.engine.config
+    layers = {name: each for name, each in runner.model.named_modules() if isinstance(each, QuantizedLinear)}
+    if not layers:
+        return
+    own = [config, llm.engine.model_config, resolve_model(str(path)), runner.device, runner.dtype, runner.backend]
+    models = [load_model(*own, ranks(rank, size)) for rank in range(size)]
+    for name, layer in layers.items():
+        yield layer, [model.get_submodule(name.removesuffix(".base")) for model in models]
+
+
+def add_up(parts: list[QuantizedLinear], x: torch.Tensor) -> torch.Tensor:
+    return sum(part(x[:, part.inputs.span()].contiguous()) for part in parts)
+
+
+def assert_parts_are_those_of_the_whole(path: Path, size: int, splits_scales: bool, **config: object) -> None:
+    """Layer by layer for equal inputs, as the same values are quantized: only sums may be taken in another order.
+
+    Args:
+        splits_scales: whether a scale of one rank is for inputs of several, so that ranks' own are finer.
+    """
+    torch.manual_seed(0)
+    for layer, parts in quantized_layers(LLM(str(path), **(FIELDS | config)), path, size):
+        x = torch.randn(5, layer.inputs.size)
+        y = layer(x)
+        if parts[0].inputs.size == layer.inputs.size:
+            for part in parts:
+                outputs = y.split(layer.output_sizes, 1), part(x).split(part.output_sizes, 1), part.outputs
+                for each, own, share in zip(*outputs, strict=True):
+                    torch.testing.assert_close(own, each[:, share.span()], atol=1e-5, rtol=1e-5)
+        elif not splits_scales:
+            torch.testing.assert_close(add_up(parts, x), y, atol=1e-5, rtol=1e-5)
+        else:  # further from each other than the sums' order would tell, and by no more than rounding
+            assert 1e-4 < ((add_up(parts, x) - y).norm() / y.norm()).item() < 0.05
+
+
 def run(llm: LLM, params: SamplingParams | list[SamplingParams] = GREEDY) -> list[list[int]]:
     return [completion.token_ids for completion in llm.generate(PROMPTS, params)]
 
 
 def assert_equals_whole(path: Path, sizes: tuple[int, ...], atol: float = 1e-4, **config: object) -> None:
-    """Logits to a tolerance, and where that is small, greedy tokens and prompt log-probabilities."""
-    whole = LLM(str(path), **(FIELDS | config))
-    logits, tokens = whole.logits(PROMPTS[1]), run(whole)
+    """Logits to a tolerance, and where that is small, greedy tokens."""
     for size in sizes:
+        one = whole(path, size, **config)
+        logits, tokens = one.logits(PROMPTS[1]), run(one)
         with divided(path, size, **config) as llm:
             torch.testing.assert_close(llm.logits(PROMPTS[1]), logits, atol=atol, rtol=1e-4)
             if atol < 1e-3:
@@ -105,8 +164,10 @@ def test_ranks_compute_what_one_does(tmp_path, name):
 @pytest.mark.parametrize("name", ["fp8 blocks", "awq", "gptq", "compressed-tensors fp8, a scale a tensor"])
 def test_quantized_checkpoints_are_divided_along_their_groups(tmp_path, name):
     make_quantized(tmp_path, name, intermediate_size=512, head_dim=128, initializer_range=0.02)
-    # FP8 rounds each rank's part of an activation by its own largest value.
-    assert_equals_whole(tmp_path, (4,) if name == "awq" else (2,), atol=0.1 if "fp8" in name else 1e-4)
+    size = 4 if name == "awq" else 2
+    # FP8 has a scale for all of a token's inputs, unless weights are in blocks: ranks have one for their own.
+    assert_parts_are_those_of_the_whole(tmp_path, size, splits_scales="compressed" in name)
+    assert_equals_whole(tmp_path, (size,), atol=FP8_ATOL if "fp8" in name else 1e-4)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
@@ -114,7 +175,8 @@ def test_rounding_while_loading(tmp_path, scheme):
     wide = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32, "initializer_range": 0.05}
     make_tiny_qwen3(tmp_path, **(SIZES | wide))
     # int4 rounds groups of inputs, which ranks have whole. The others have a scale for all inputs that a rank has.
-    assert_equals_whole(tmp_path, (2,), atol=1e-4 if scheme == "int4" else 0.3, quantization=scheme)
+    assert_parts_are_those_of_the_whole(tmp_path, 2, splits_scales=scheme != "int4", quantization=scheme)
+    assert_equals_whole(tmp_path, (2,), atol=FP8_ATOL if scheme == "fp8" else 1e-4, quantization=scheme)
 
 
 @pytest.mark.parametrize("kind", ["bin", "gguf"])
@@ -161,9 +223,11 @@ def test_ranks_draw_what_one_does(tiny, config):
             assert own.logprob == pytest.approx(entry.logprob, abs=1e-4)
 
 
-def test_padded_decode_steps_that_draw_inside_as_graphs_do(tiny, monkeypatch):
+def test_padded_decode_steps_that_draw_inside_as_graphs_do(tiny, adapters, monkeypatch):
     """CUDA graphs are for GPUs; all else about them runs here."""
-    expected = run(LLM(str(tiny), **FIELDS), VARIED)
+    config = {"max_loras": 2, "lora_folder": str(adapters)}
+    one = LLM(str(tiny), **(FIELDS | config))
+    expected = run(one, VARIED), run(one), [completion.token_ids for completion in adapted(one)]
     load = ModelRunner.__init__
 
     def load_with_graphs(self, config, *rest, **named) -> None:
@@ -171,9 +235,63 @@ def test_padded_decode_steps_that_draw_inside_as_graphs_do(tiny, monkeypatch):
         self.use_decode_graphs(config, capture=False)
 
     monkeypatch.setattr(ModelRunner, "__init__", load_with_graphs)
-    with divided(tiny, 2) as llm:
-        assert run(llm, VARIED) == expected
-        assert run(llm) == run(LLM(str(tiny), **FIELDS))
+    with divided(tiny, 2, **config) as llm:
+        assert (run(llm, VARIED), run(llm), [completion.token_ids for completion in adapted(llm)]) == expected
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny: Path) -> Path:
+    """Three adapters of the tiny model, and a damaged one."""
+    reference = AutoModelForCausalLM.from_pretrained(tiny)
+    folder = tiny.parent / "adapters"
+    make_adapter(folder / "all", reference, seed=1)
+    make_adapter(folder / "wide", reference, seed=2, rank=16, use_rslora=True)
+    make_adapter(folder / "some", reference, seed=3, rank=3, targets=("k_proj", "o_proj", "up_proj"))
+    make_adapter(folder / "damaged", reference)
+    file = folder / "damaged" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    return folder
+
+
+ADAPTED = ("", "all", "wide", "some", "", "all")
+"""Of the prompts of `adapted`: two at once where there are two places, and the one in use for longest makes way."""
+
+
+def adapted(llm: LLM) -> list[Completion]:
+    return llm.generate([*PROMPTS, *PROMPTS], GREEDY, adapter=ADAPTED)
+
+
+@pytest.mark.parametrize(
+    ("size", "config"),
+    [(2, {}), (4, {}), (2, {"max_loras": 1, "overlap_steps": True}), (2, {"quantization": "int8"})],
+    ids=str,
+)
+def test_adapters_are_divided_as_their_layers_are(tiny, adapters, size, config):
+    """Base and adapters in one batch, more adapters than places: tokens and log-probabilities of one rank."""
+    config = {"max_loras": 2, "lora_folder": str(adapters)} | config
+    expected = adapted(whole(tiny, size, **config))
+    assert len({str(completion.token_ids) for completion in expected}) == len(ADAPTED)
+    with divided(tiny, size, **config) as llm:
+        found = adapted(llm)
+        with pytest.raises(RequestError, match=r"^adapter 'damaged' cannot be used: .*truncated"):
+            llm.generate(PROMPTS, GREEDY, adapter=["", "damaged", "all"])
+        again = adapted(llm)
+    for completion, *others in zip(expected, found, again, strict=True):
+        for other in others:
+            assert other.token_ids == completion.token_ids
+            for entry, own in zip(completion.prompt_logprobs, other.prompt_logprobs, strict=True):
+                assert own.logprob == pytest.approx(entry.logprob, abs=1e-4)
+
+
+def test_ranks_need_no_files_of_adapters(tiny, adapters, tmp_path):
+    """The first one has read them: whatever becomes of the files, no two ranks have different contents."""
+    shutil.copytree(adapters / "all", tmp_path / "a")
+    config = {"max_loras": 1, "adapters": {"a": str(tmp_path / "a"), "b": str(adapters / "some")}}
+    expected = LLM(str(tiny), **(FIELDS | config)).generate(PROMPTS, GREEDY, adapter=["a", "b", "a"])
+    with divided(tiny, 2, **config) as llm:
+        shutil.rmtree(tmp_path / "a")
+        found = llm.generate(PROMPTS, GREEDY, adapter=["a", "b", "a"])
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
 
 
 def test_random_weights_are_those_of_one_rank(tiny):
@@ -263,10 +381,25 @@ def test_sizes_that_do_not_divide_the_model(tmp_path, overrides, size, message):
         LLM(str(tmp_path), tensor_parallel_size=size, **FIELDS)
 
 
-def test_groups_that_ranks_cannot_divide(tmp_path):
-    make_quantized(tmp_path, "gptq", num_key_value_heads=4, intermediate_size=384)
-    with pytest.raises(ConfigError, match=r"down_proj cannot be quantized .* expected a multiple of 128: lower"):
-        LLM(str(tmp_path), tensor_parallel_size=2, **FIELDS)
+@pytest.mark.parametrize(
+    ("name", "sizes", "layer"),
+    [
+        ("gptq", {"intermediate_size": 384, "num_key_value_heads": 4}, "down_proj"),
+        ("awq", {"intermediate_size": 384}, "down_proj"),
+        ("fp8 blocks", {"intermediate_size": 384, "head_dim": 128}, "gate_up_proj"),
+        ("fp8 blocks", {"intermediate_size": 512}, "qkv_proj"),
+        ("int4", {"hidden_size": 128, "intermediate_size": 384, "head_dim": 64}, "down_proj"),
+    ],
+)
+def test_groups_that_ranks_cannot_divide(tmp_path, name, sizes, layer):
+    """Half of an inner width of 384, or a single KV head of 64, ends within 128 inputs or outputs with one scale."""
+    config = {"quantization": name} if name == "int4" else {}
+    if config:
+        make_tiny_qwen3(tmp_path, **(SIZES | sizes))
+    else:
+        make_quantized(tmp_path, name, **sizes)
+    with pytest.raises(ConfigError, match=rf"{layer} cannot be quantized .* expected .*multiple.* of 128.*: lower"):
+        LLM(str(tmp_path), tensor_parallel_size=2, **(FIELDS | config))
 
 
 def test_more_ranks_than_gpus(tmp_path):

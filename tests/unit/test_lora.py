@@ -255,8 +255,6 @@ def test_an_engine_without_room_refuses_adapters(models):
         llm.generate(PROMPTS, GREEDY, adapter="one")
     with pytest.raises(ValueError, match="max_loras is 0 though there are adapters"):
         EngineConfig(lora_folder="x")
-    with pytest.raises(ValueError, match="adapters are not split between devices"):
-        EngineConfig(max_loras=1, tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="lora_folder is 'x', expected a folder"):
         models.llm(lora_folder="x")
 
