@@ -10,8 +10,8 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 
 import grpc
 import msgspec
@@ -81,9 +81,10 @@ class EngineClient:
         while True:
             attempt = course.next_attempt()
             try:
-                async with aclosing(self._run(attempt, course.patience_s)) as outputs:
-                    async for output in outputs:
-                        yield course.take(output)
+                with self._called(attempt):
+                    async with aclosing(attempt.outputs(course.patience_s)) as outputs:
+                        async for output in outputs:
+                            yield course.take(output)
                 return
             except ReplicaLostError as error:
                 if not course.goes_on(attempt, error.loss):
@@ -120,16 +121,16 @@ class EngineClient:
         except FAILURES as error:
             raise _error_of(error) from None
 
-    async def _run(self, attempt: ReplicaAttempt, patience_s: float) -> AsyncGenerator[RequestOutput, None]:
+    @contextmanager
+    def _called(self, attempt: ReplicaAttempt) -> Iterator[None]:
+        """An attempt runs from here on; what has not finished when this ends is aborted."""
         self.fleet.begin(attempt)
         loop = asyncio.get_running_loop()
         call = loop.create_task(self._call(attempt))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
         try:
-            async with aclosing(attempt.outputs(patience_s)) as outputs:
-                async for output in outputs:
-                    yield output
+            yield
         finally:
             self.fleet.end(attempt)
             if attempt.is_finished:

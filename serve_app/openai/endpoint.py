@@ -20,6 +20,8 @@ from serve_app.openai.generation import Delta, TextOptions, Usage
 from serve_app.openai.sampling import GenerationDefaults
 from serve_app.wire import ModelInfo
 
+_ENCODER = msgspec.json.Encoder()
+
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
@@ -123,10 +125,10 @@ class ChunkStream(ABC):
         """The chunk that a stream with `include_usage` ends with."""
 
     def events(self, delta: Delta) -> bytes:
-        first = [] if self._is_begun else self.first_chunks()
+        begin = b"" if self._is_begun else b"".join(map(server_sent_event, self.first_chunks()))
         self._is_begun = True
-        chunks = [*first, self.chunk(delta)]
-        return b"".join(server_sent_event(chunk) for chunk in chunks if chunk is not None)
+        chunk = self.chunk(delta)
+        return begin if chunk is None else begin + server_sent_event(chunk)
 
     def last_events(self, usage: Usage) -> bytes:
         last = server_sent_event(self.usage_chunk(usage)) if self.include_usage else b""
@@ -138,7 +140,7 @@ class ChunkStream(ABC):
 
 def server_sent_event(body: dict[str, Any], name: str | None = None) -> bytes:
     """One event of a stream."""
-    data = b"data: " + msgspec.json.encode(body) + b"\n\n"
+    data = b"data: %b\n\n" % _ENCODER.encode(body)
     return data if name is None else b"event: " + name.encode() + b"\n" + data
 
 
