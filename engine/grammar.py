@@ -153,12 +153,19 @@ class GrammarCompiler:
         return None
 
 
-def json_schema_grammar(schema: Mapping[str, Any] | bool) -> str:
+def json_schema_grammar(schema: Mapping[str, Any] | bool, whitespace: str | None = None) -> str:
     """JSON that a schema describes, properties in the schema's order.
 
     `x-guidance` in it, which could loosen it, has no effect.
+
+    Args:
+        schema: the schema.
+        whitespace: a regular expression, what may be between tokens; "": nothing; None: a little.
     """
-    described = {**schema, "x-guidance": _JSON_OPTIONS} if isinstance(schema, Mapping) else schema
+    options: dict[str, Any] = _JSON_OPTIONS
+    if whitespace is not None:
+        options = options | {"whitespace_flexible": bool(whitespace), "whitespace_pattern": whitespace or None}
+    described = {**schema, "x-guidance": options} if isinstance(schema, Mapping) else schema
     return json.dumps({"grammars": [{"json_schema": described}]})
 
 

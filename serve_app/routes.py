@@ -20,11 +20,11 @@ from serve_app.gate import Gate, caller_of
 from serve_app.metrics.ingress import IngressMetrics
 from serve_app.metrics.requests import Metered, note_error
 from serve_app.openai.chat import Chat
+from serve_app.openai.chat_protocol import ChatBody
 from serve_app.openai.completion_protocol import CompletionBody
 from serve_app.openai.completions import Completions
 from serve_app.openai.endpoint import Endpoint, ServedModel
 from serve_app.openai.errors import ApiError, internal_error
-from serve_app.openai.protocol import ChatBody
 from serve_app.openai.responses import Responses
 from serve_app.openai.responses_protocol import ResponsesBody
 from serve_app.openai.tokenize import DetokenizeBody, TokenizeBody, detokenize, tokenize

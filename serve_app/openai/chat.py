@@ -6,6 +6,7 @@ from typing import Any
 from engine.request import EngineRequest, TokenLogprobs
 from serve_app.openai.chat_message import message, message_delta
 from serve_app.openai.chat_prompt import open_channel, render, thinking_budget
+from serve_app.openai.chat_protocol import ChatBody
 from serve_app.openai.endpoint import (
     ChunkStream,
     ServedModel,
@@ -18,10 +19,10 @@ from serve_app.openai.endpoint import (
 )
 from serve_app.openai.generation import Delta, TextOptions, Usage
 from serve_app.openai.logprobs import chat_logprobs, prompt_logprobs
+from serve_app.openai.parsing.events import ContentText
 from serve_app.openai.parsing.output import Channel, OutputParser
 from serve_app.openai.prompts import truncate
-from serve_app.openai.protocol import ChatBody
-from serve_app.openai.sampling import choice_params, sampling_params
+from serve_app.openai.sampling import choice_params, sampling_params, stop_expressions
 from serve_app.openai.structured import constraint
 from serve_app.openai.tools import ToolUse
 
@@ -45,6 +46,8 @@ class Chat(ChunkStream):
         self._always_usage = body.stream_options is not None and body.stream_options.continuous_usage_stats
         self._wants_logprobs = body.logprobs
         self._wants_token_ids = body.return_token_ids
+        self._wants_prompt_text = body.return_prompt_text
+        self._echo = body.messages[-1].text if body.echo and body.messages[-1].role == "assistant" else ""
         self._names_are_ids = body.return_tokens_as_token_ids
         self._num_choices = body.n
         key = new_id("chatcmpl")  # names the requests in the engine: what a client chooses may be another's choice too
@@ -92,8 +95,9 @@ class Chat(ChunkStream):
     def first_chunks(self) -> list[dict[str, Any]]:
         opening = {"role": "assistant", "content": self._no_content}
         chunks = [self._chunk(index, opening) for index in range(self._num_choices)]
-        if self._wants_token_ids:
-            chunks[0]["prompt_token_ids"] = self.requests[0].prompt_token_ids
+        chunks[0] |= self._told_prompt()
+        if self._echo:
+            chunks += [self._chunk(index, {"content": self._echo}) for index in range(self._num_choices)]
         return chunks
 
     def chunk(self, delta: Delta) -> dict[str, Any] | None:
@@ -112,6 +116,8 @@ class Chat(ChunkStream):
         for index, own in enumerate(by_choice(deltas, self._num_choices)):
             entries = [entry for delta in own for entry in delta.logprobs]
             events = [event for delta in own for event in delta.events]
+            if self._echo:
+                events = [ContentText(self._echo), *events]
             choices.append(
                 {
                     "index": index,
@@ -124,12 +130,20 @@ class Chat(ChunkStream):
             if self._wants_token_ids:
                 choices[-1]["token_ids"] = [token_id for delta in own for token_id in delta.token_ids]
         response = self._common | {"object": "chat.completion", "choices": choices, "usage": usage.body()}
-        if self._wants_token_ids:
-            response["prompt_token_ids"] = self.requests[0].prompt_token_ids
+        response |= self._told_prompt()
         scores = next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None), None)
         if scores is not None:
             response["prompt_logprobs"] = prompt_logprobs(scores, self._model.tokenizer)
         return response
+
+    def _told_prompt(self) -> dict[str, Any]:
+        """What the model is given, in the forms asked for."""
+        token_ids, told = self.requests[0].prompt_token_ids, dict[str, Any]()
+        if self._wants_token_ids:
+            told["prompt_token_ids"] = token_ids
+        if self._wants_prompt_text:
+            told["prompt_text"] = self._model.tokenizer.decode(token_ids, skip_special_tokens=False)
+        return told
 
     @property
     def _no_content(self) -> str | None:
@@ -145,6 +159,7 @@ class Chat(ChunkStream):
         return TextOptions(
             body.skip_special_tokens,
             body.include_stop_str_in_output,
+            stop_expressions(body),
             choices_per_prompt=body.n,
             make_parser=partial(OutputParser, channel, self._tools.format, self._tools.schemas),
             most_calls=self._tools.most_calls,

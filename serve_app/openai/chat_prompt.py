@@ -7,10 +7,10 @@ import msgspec
 from engine.errors import RequestError
 from engine.request import ThinkingBudget
 from engine.tokenizer import Tokenizer
+from serve_app.openai.chat_protocol import ChatBody, Message, ToolCall
 from serve_app.openai.endpoint import ServedModel
 from serve_app.openai.errors import bad_request
 from serve_app.openai.parsing.output import END_OF_THINK, THINK, Channel
-from serve_app.openai.protocol import ChatBody, Message, ToolCall
 from serve_app.openai.tools import ToolUse
 
 EFFORT_TOKENS = {"minimal": 512, "low": 2_048, "medium": 8_192}

@@ -24,7 +24,7 @@ from serve_app.openai.generation import Delta, TextOptions, Usage
 from serve_app.openai.logprobs import CompletionLogprobs, prompt_logprobs
 from serve_app.openai.parsing.output import Channel
 from serve_app.openai.prompts import fill_end_ids, read_prompt
-from serve_app.openai.sampling import choice_params, sampling_params
+from serve_app.openai.sampling import choice_params, sampling_params, stop_expressions
 from serve_app.openai.structured import constraint
 
 DEFAULT_MAX_TOKENS = 16
@@ -55,7 +55,11 @@ class Completions(ChunkStream):
         self.include_usage = body.stream_options is not None and body.stream_options.include_usage
         self._always_usage = body.stream_options is not None and body.stream_options.continuous_usage_stats
         self.text_options = TextOptions(
-            body.skip_special_tokens, body.include_stop_str_in_output, body.max_tokens == 0, self._num_made
+            body.skip_special_tokens,
+            body.include_stop_str_in_output,
+            stop_expressions(body),
+            is_silent=body.max_tokens == 0,
+            choices_per_prompt=self._num_made,
         )
         self._key = new_id("cmpl")
         """Names the requests in the engine; what a client chooses may be another's choice too."""
@@ -162,6 +166,7 @@ class _Choice:
         self.usage = Usage(len(prompt.token_ids))
         self._prompt = prompt
         self._body = body
+        self._tokenizer = model.tokenizer
         self._logprobs = CompletionLogprobs(model.tokenizer, body.skip_special_tokens, body.return_tokens_as_token_ids)
         self._begins = True
 
@@ -182,6 +187,8 @@ class _Choice:
             found["token_ids"] = [token_id for delta in deltas for token_id in delta.token_ids]
             if begins:
                 found["prompt_token_ids"] = self._prompt.token_ids
+        if self._body.return_prompt_text and begins:
+            found["prompt_text"] = self._tokenizer.decode(self._prompt.token_ids, skip_special_tokens=False)
         return found
 
     def _read_logprobs(self, deltas: list[Delta], begins: bool) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from serve_app.http import validate
 from serve_app.openai.chat import Chat
+from serve_app.openai.chat_protocol import ChatBody
 from serve_app.openai.endpoint import ServedModel
 from serve_app.openai.errors import ApiError
-from serve_app.openai.protocol import ChatBody
 
 
 def as_chat(values: dict[str, Any], model: ServedModel, names: Mapping[str, str]) -> Chat:

@@ -12,6 +12,7 @@ from serve_app.engine_client import EngineClient
 from serve_app.openai.errors import bad_request, internal_error, unavailable
 from serve_app.openai.parsing.events import ParserEvent
 from serve_app.openai.parsing.output import OutputParser
+from serve_app.openai.stop_patterns import StopExpressions, StopPatterns
 
 
 @dataclass(slots=True)
@@ -69,6 +70,8 @@ class TextOptions:
     skip_special_tokens: bool = True
     include_stop: bool = False
     """Whether a stop string is part of the text that it ends."""
+    stop_expressions: StopExpressions | None = None
+    """What ends the text where stop strings alone do not say; these are part of it then."""
     is_silent: bool = False
     """Whether nothing is wanted of the output: the request is for its prompt's log-probabilities."""
     choices_per_prompt: int = 1
@@ -84,10 +87,18 @@ class _Reader:
     def __init__(self, index: int, request: EngineRequest, tokenizer: Tokenizer, options: TextOptions) -> None:
         self._index = index
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=options.skip_special_tokens)
-        self._stop = StopStrings(request.params.stop, options.include_stop)
+        self._stop: StopStrings | StopPatterns
+        if options.stop_expressions is not None:
+            self._stop = StopPatterns(options.stop_expressions, options.include_stop)
+        else:
+            self._stop = StopStrings(request.params.stop, options.include_stop)
+        self._min_tokens = request.params.min_tokens
+        """Among so many of the first tokens no text ends the output."""
+        self._num_tokens = 0
         self._parser = options.make_parser() if options.make_parser is not None else None
         self._most_calls = options.most_calls
-        self._goes_by_tokens = bool(request.params.stop) or self._parser is not None
+        has_stop = bool(request.params.stop) or options.stop_expressions is not None
+        self._goes_by_tokens = has_stop or self._parser is not None
         self._is_silent = options.is_silent
         self._counts_prompt = index % options.choices_per_prompt == 0
 
@@ -135,7 +146,8 @@ class _Reader:
             delta.text = self._detokenizer.push(shown)
             return len(output.token_ids)
         for count, token_id in enumerate(shown, 1):
-            text, matched = self._stop.push(self._detokenizer.push([token_id]))
+            self._num_tokens += 1
+            text, matched = self._until_stop(self._detokenizer.push([token_id]))
             delta.text += text
             if self._parser is not None:
                 self._parse(self._parser, text, delta)
@@ -146,6 +158,10 @@ class _Reader:
             if delta.finish_reason is not None:
                 return count
         return len(output.token_ids)
+
+    def _until_stop(self, text: str) -> tuple[str, str | None]:
+        """New text as far as it is certain, and what ended it, if anything did."""
+        return (text, None) if self._num_tokens <= self._min_tokens else self._stop.push(text)
 
     def _parse(self, parser: OutputParser, text: str, delta: Delta) -> None:
         """The text of one token. It is reasoning if it is between the tags."""
@@ -159,7 +175,7 @@ class _Reader:
             delta.finish_reason = "tool_calls"
 
     def _end(self, output: RequestOutput, delta: Delta) -> None:
-        text, matched = self._stop.push(self._detokenizer.flush())
+        text, matched = self._until_stop(self._detokenizer.flush())
         text = text if matched is not None else text + self._stop.flush()
         delta.text += text
         if self._parser is not None:

@@ -9,6 +9,7 @@ from engine.request import MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 StopList = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=4)]
+StopPattern = Annotated[str, Field(min_length=1, max_length=256)]
 Text = Annotated[str, Field(max_length=4_000_000)]
 GrammarText = Annotated[str, Field(min_length=1, max_length=4_000_000)]
 Choices = Annotated[list[Annotated[str, Field(max_length=4_000_000)]], Field(min_length=1, max_length=10_000)]
@@ -33,6 +34,18 @@ class Body(BaseModel):
         unknown = (name for name, value in values.items() if value is not None and name not in known)
         names = [*known, *(name for name, _ in zip(unknown, range(1), strict=False))]
         return {name: values[name] for name in names if values.get(name) is not None}
+
+
+SYNONYMS = {
+    "thinking_budget": "thinking_token_budget",
+    "thinking_budget_tokens": "thinking_token_budget",
+    "reasoning_budget_tokens": "thinking_token_budget",
+    "n_predict": "max_tokens",
+    "repeat_penalty": "repetition_penalty",
+    "no_stop_trim": "include_stop_str_in_output",
+    "rid": "request_id",
+}
+"""What clients of Qwen's own service, of llama.cpp's server and of SGLang call some of the fields."""
 
 
 class StreamOptions(Body):
@@ -81,6 +94,19 @@ class StructuredOutputs(Body):
     choice: Choices | None = None
     grammar: GrammarText | None = Field(None, description="Lark as llguidance knows it, or GBNF")
     json_object: bool = False
+    disable_any_whitespace: bool = Field(False, description="JSON is written without any between its tokens")
+    whitespace_pattern: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="what may be between the tokens of JSON: a regular expression"
+    )
+
+    @field_validator("disable_any_whitespace", "whitespace_pattern")
+    @classmethod
+    def _of_json(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("json_") is None and not info.data.get("json_object"):
+            raise ValueError("needs json or json_object beside it")
+        if info.field_name == "whitespace_pattern" and info.data.get("disable_any_whitespace"):
+            raise ValueError("is not for disable_any_whitespace: true")
+        return value
 
 
 class GenerationBody(Body):
@@ -103,6 +129,9 @@ class GenerationBody(Body):
     bad_words: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=128)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Annotated[str, Field(min_length=1, max_length=1024)] | StopList | None = None
+    stop_regex: StopPattern | Annotated[list[StopPattern], Field(max_length=4)] | None = Field(
+        None, description="expressions that end the output as `stop` does; `stop_reason` is then the expression"
+    )
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
@@ -129,7 +158,12 @@ class GenerationBody(Body):
     guided_regex: GrammarText | None = None
     guided_choice: Choices | None = None
     guided_grammar: GrammarText | None = None
+    json_schema: GrammarText | dict[str, Any] | None = Field(None, description="the same, in the words of llama.cpp")
+    regex: GrammarText | None = Field(None, description="and of SGLang")
+    ebnf: GrammarText | None = Field(None, description="as guided_grammar")
+    grammar: GrammarText | None = Field(None, description="as guided_grammar")
     return_token_ids: bool = False
+    return_prompt_text: bool = Field(False, description="tell in `prompt_text` what the model is given")
     return_tokens_as_token_ids: bool = Field(False, description="name tokens in logprobs as in `token_id:123`")
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = Field(
         None, description="part of the response's id; random otherwise"
@@ -142,6 +176,19 @@ class GenerationBody(Body):
     )
     service_tier: Literal["auto", "default"] = Field("auto", description="there is one")
     store: Literal[False] = Field(False, description="nothing is stored")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, values: Any) -> Any:
+        """Fields by their own names. A synonym beside it that differs is left to be refused as unknown."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for synonym, name in SYNONYMS.items():
+            value = values.get(synonym)
+            if value is not None and name in cls.model_fields and values.get(name) in (None, value):
+                values[name] = values.pop(synonym)
+        return values
 
     @field_validator("logit_bias")
     @classmethod
@@ -172,206 +219,4 @@ class GenerationBody(Body):
     def _not_for_streams(cls, value: int, info: ValidationInfo) -> int:
         if info.data.get("stream"):
             raise ValueError("is not for streams; expected stream: false beside it")
-        return value
-
-
-class TextPart(Body):
-    """A piece of a message's content."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class FunctionCall(Body):
-    """The function that an assistant called."""
-
-    name: Annotated[str, Field(max_length=256)]
-    arguments: Text
-
-
-class ToolCall(Body):
-    """One of an assistant's calls."""
-
-    index: int | None = Field(None, exclude=True, description="its place in the list, as in a stream; not needed")
-    id: Annotated[str, Field(max_length=256)]
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(Body):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)] | None = Field(
-        None, validate_default=True
-    )
-    name: Annotated[str, Field(max_length=256)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
-    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
-    reasoning: Text | None = None
-    reasoning_content: Text | None = None
-
-    @field_validator("content")
-    @classmethod
-    def _only_assistants_are_silent(cls, value: Any, info: ValidationInfo) -> Any:
-        role = info.data.get("role", "assistant")
-        if value is None and role != "assistant":
-            raise ValueError(f"is missing, expected the text of the {role} message")
-        return value
-
-
-class FunctionDefinition(Body):
-    """A function that the model may call."""
-
-    name: Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z0-9_.:/-]+$")]
-    description: Text | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool = Field(False, exclude=True, description="whether the arguments must be what `parameters` describes")
-
-    @field_validator("parameters")
-    @classmethod
-    def _of_an_object(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if value.get("type", "object") != "object":
-            raise ValueError(f"has the type {str(value['type'])[:40]!r}, expected 'object'")
-        if not isinstance(value.get("properties", {}), dict):
-            raise ValueError("has properties that are no object")
-        return value
-
-
-class Tool(Body):
-    """A tool that the model may call."""
-
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-class FunctionName(Body):
-    """A function, by its name."""
-
-    name: Annotated[str, Field(max_length=256)]
-
-
-class NamedTool(Body):
-    """`tool_choice`: the one function to call."""
-
-    type: Literal["function"]
-    function: FunctionName
-
-
-class AllowedTools(Body):
-    """Some of the tools, and whether one of them has to be called."""
-
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128, fail_fast=True)]
-
-
-class AllowedToolsChoice(Body):
-    """`tool_choice`: the tools that may be called. The model sees no others."""
-
-    type: Literal["allowed_tools"]
-    allowed_tools: AllowedTools
-
-
-class TemplateVariables(Body):
-    """`chat_template_kwargs`: what a request may tell the chat template."""
-
-    enable_thinking: bool | None = None
-
-
-BUDGET_NAMES = ("thinking_budget", "thinking_budget_tokens", "reasoning_budget_tokens")
-"""What clients of Qwen's own service and of llama.cpp's server call `thinking_token_budget`."""
-
-
-class ChatBody(GenerationBody):
-    """POST /v1/chat/completions."""
-
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice = "auto"
-    parallel_tool_calls: bool = Field(True, description="false: one call at most; the output ends with it")
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    continue_final_message: bool = Field(False, description="go on with the last message, which is the assistant's")
-    add_generation_prompt: bool = Field(True, description="begin a new message; not so by default if one is continued")
-    add_special_tokens: Literal[False] = Field(False, description="they are the chat template's")
-    chat_template_kwargs: TemplateVariables | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    thinking_token_budget: Annotated[int, Field(ge=0, le=2**31 - 2)] | None = Field(
-        None, description="reasoning is closed after so many tokens; also by the names in `BUDGET_NAMES`"
-    )
-    include_reasoning: bool = Field(True, description="false: what the model thinks is left out of the response")
-    separate_reasoning: bool = Field(True, description="false: what the model thinks stays in the content, in its tags")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_budget(cls, values: Any) -> Any:
-        """Under one name. Two that differ are one too many: the second is left to be refused as unknown."""
-        if not isinstance(values, dict):
-            return values
-        values = dict(values)
-        for name in BUDGET_NAMES:
-            budget = values.get(name)
-            if budget is not None and values.get("thinking_token_budget") in (None, budget):
-                values["thinking_token_budget"] = values.pop(name)
-        return values
-
-    @field_validator("top_logprobs")
-    @classmethod
-    def _beside_logprobs(cls, value: int, info: ValidationInfo) -> int:
-        if not info.data.get("logprobs"):
-            raise ValueError("needs logprobs: true beside it")
-        return value
-
-    @field_validator("max_completion_tokens")
-    @classmethod
-    def _as_max_tokens(cls, value: int, info: ValidationInfo) -> int:
-        if info.data.get("max_tokens") not in (None, value):
-            raise ValueError(f"is not max_tokens, which is {info.data['max_tokens']}; expected one of the two")
-        return value
-
-    @field_validator("tools")
-    @classmethod
-    def _told_apart(cls, value: list[Tool]) -> list[Tool]:
-        names = [tool.function.name for tool in value]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"has {names.count(name)} functions of the name {name[:64]!r}, expected one")
-        return value
-
-    @field_validator("tool_choice")
-    @classmethod
-    def _one_of_the_tools(
-        cls, value: str | NamedTool | AllowedToolsChoice, info: ValidationInfo
-    ) -> str | NamedTool | AllowedToolsChoice:
-        names = [tool.function.name for tool in info.data.get("tools") or ()]
-        if value == "required" and not names:
-            raise ValueError("is 'required', expected tools beside it")
-        named = value.allowed_tools.tools if isinstance(value, AllowedToolsChoice) else [value]
-        for tool in named:
-            if isinstance(tool, NamedTool) and tool.function.name not in names:
-                raise ValueError(f"names the function {tool.function.name[:64]!r}, expected one of the tools")
-        return value
-
-    @field_validator("continue_final_message")
-    @classmethod
-    def _of_the_assistant(cls, value: bool, info: ValidationInfo) -> bool:
-        messages = info.data.get("messages")
-        if value and messages and (messages[-1].role != "assistant" or messages[-1].tool_calls):
-            raise ValueError("needs a last message that is the assistant's and has no tool calls")
-        return value
-
-    @field_validator("add_generation_prompt")
-    @classmethod
-    def _not_beside_continuing(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("continue_final_message"):
-            raise ValueError("is true, expected false beside continue_final_message: true")
-        return value
-
-    @field_validator("reasoning_effort")
-    @classmethod
-    def _as_enable_thinking(cls, value: str, info: ValidationInfo) -> str:
-        variables = info.data.get("chat_template_kwargs")
-        if variables is not None and variables.enable_thinking is (value == "none"):
-            raise ValueError(f"is {value!r}, expected what goes with enable_thinking: {variables.enable_thinking}")
         return value

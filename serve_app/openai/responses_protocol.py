@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from serve_app.openai.protocol import Body, TemplateVariables, Text
+from serve_app.openai.chat_protocol import TemplateVariables
+from serve_app.openai.protocol import Body, Text
 
 Id = Annotated[str, Field(max_length=256)]
 Status = Literal["in_progress", "completed", "incomplete"]

@@ -13,6 +13,7 @@ from engine.request import SamplingParams
 from engine.tokenizer import Tokenizer
 from serve_app.openai.errors import bad_request
 from serve_app.openai.protocol import GenerationBody
+from serve_app.openai.stop_patterns import StopExpressions
 
 
 class GenerationDefaults(BaseModel):
@@ -73,7 +74,6 @@ def sampling_params(
     Raises:
         ApiError: 400 for what no field's own type can catch.
     """
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     try:
         return SamplingParams(
             temperature=_or(body.temperature, defaults.temperature),
@@ -89,12 +89,22 @@ def sampling_params(
             seed=body.seed,
             max_tokens=max_tokens,
             min_tokens=body.min_tokens,
-            stop=stop,
+            stop=_as_tuple(body.stop),
             stop_token_ids=tuple(body.stop_token_ids or ()),
             ignore_eos=body.ignore_eos,
             logprobs=logprobs,
             logprob_token_ids=tuple(dict.fromkeys(body.logprob_token_ids or ())),
         )
+    except RequestError as error:
+        raise bad_request(str(error), error.param) from None
+
+
+def stop_expressions(body: GenerationBody) -> StopExpressions | None:
+    """What ends the output's text where `stop` alone does not say. Raises ApiError 400 for a wrong expression."""
+    if not body.stop_regex:
+        return None
+    try:
+        return StopExpressions(_as_tuple(body.stop), _as_tuple(body.stop_regex))
     except RequestError as error:
         raise bad_request(str(error), error.param) from None
 
@@ -114,6 +124,10 @@ def choice_params(params: SamplingParams, index: int, **changes: Any) -> Samplin
 def choice_seed(seed: int | None, index: int) -> int | None:
     """The seed of a request's index-th choice: the first is the request's own, so n changes nothing for it."""
     return None if seed is None else (seed + index * 0x9E3779B97F4A7C15) % 2**64
+
+
+def _as_tuple(texts: str | list[str] | None) -> tuple[str, ...]:
+    return (texts,) if isinstance(texts, str) else tuple(texts or ())
 
 
 def _or(value: float | None, default: float) -> float:

@@ -11,7 +11,7 @@ from serve_app.openai.endpoint import Constraint
 from serve_app.openai.errors import bad_request
 from serve_app.openai.json_schema import check_schema
 from serve_app.openai.parsing.output import Channel
-from serve_app.openai.protocol import GenerationBody
+from serve_app.openai.protocol import GenerationBody, StructuredOutputs
 from serve_app.openai.tool_grammar import tool_grammar
 from serve_app.openai.tools import ToolUse
 
@@ -21,6 +21,8 @@ _REASONING = {
     Channel.CONTENT: "",
 }
 """What comes before the answer, by what the prompt leaves open. It is free, and the output cannot end in it."""
+_KINDS = {"json": "schema", "json_schema": "schema", "ebnf": "grammar"}
+"""Kinds of forms that are not called so."""
 _RULES = "TEXT: /(?s:.+)/\nBREAKS: /\\n{0,2}/"
 
 
@@ -67,7 +69,7 @@ def _form(body: GenerationBody, limits: Limits) -> tuple[str, str] | None:
     param, kind, value = found[0]
     _check_size(value, param, limits)
     if kind == "schema":
-        return json_schema_grammar(_schema(value, param, limits)), param
+        return json_schema_grammar(_schema(value, param, limits), _whitespace(body.structured_outputs)), param
     if kind == "regex":
         return regex_grammar(value), param
     if kind == "choice":
@@ -86,15 +88,28 @@ def _asked_for(body: GenerationBody) -> Iterator[tuple[str, str, Any]]:
     if outputs is not None:
         if outputs.json_object:
             yield "structured_outputs.json_object", "schema", {"type": "object"}
-        yield from _given("structured_outputs.", outputs.json_, outputs.regex, outputs.choice, outputs.grammar)
-    yield from _given("guided_", body.guided_json, body.guided_regex, body.guided_choice, body.guided_grammar)
+        yield from _given(
+            "structured_outputs.", json=outputs.json_, regex=outputs.regex, choice=outputs.choice,
+            grammar=outputs.grammar,
+        )  # fmt: skip
+    yield from _given(
+        "guided_", json=body.guided_json, regex=body.guided_regex, choice=body.guided_choice,
+        grammar=body.guided_grammar,
+    )  # fmt: skip
+    yield from _given("", json_schema=body.json_schema, regex=body.regex, ebnf=body.ebnf, grammar=body.grammar)
 
 
-def _given(prefix: str, schema: Any, regex: Any, choice: Any, grammar: Any) -> Iterator[tuple[str, str, Any]]:
-    values = {"json": schema, "regex": regex, "choice": choice, "grammar": grammar}
+def _given(prefix: str, **values: Any) -> Iterator[tuple[str, str, Any]]:
     for name, value in values.items():
         if value is not None:
-            yield f"{prefix}{name}", "schema" if name == "json" else name, value
+            yield f"{prefix}{name}", _KINDS.get(name, name), value
+
+
+def _whitespace(outputs: StructuredOutputs | None) -> str | None:
+    """What a request wants between the tokens of JSON; None: it does not say."""
+    if outputs is None:
+        return None
+    return "" if outputs.disable_any_whitespace else outputs.whitespace_pattern
 
 
 def _schema(value: Any, param: str, limits: Limits) -> Any:

@@ -6,9 +6,10 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from engine.errors import RequestError
 from serve_app.openai.chat_prompt import render
+from serve_app.openai.chat_protocol import ChatBody, Message, TemplateVariables, Tool
 from serve_app.openai.endpoint import ServedModel, adapter_of, check_count
 from serve_app.openai.errors import bad_request
-from serve_app.openai.protocol import Body, ChatBody, Message, TemplateVariables, Text, TokenId, Tool
+from serve_app.openai.protocol import Body, Text, TokenId
 
 
 class TokenizeBody(Body):

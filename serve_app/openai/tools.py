@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from serve_app.openai.chat_protocol import AllowedToolsChoice, ChatBody, NamedTool, Tool
 from serve_app.openai.endpoint import ServedModel
 from serve_app.openai.errors import bad_request
 from serve_app.openai.parsing.call import Schemas
 from serve_app.openai.parsing.formats import ToolFormat, tool_format
-from serve_app.openai.protocol import AllowedToolsChoice, ChatBody, NamedTool, Tool
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from serve_app.http import parse_body
 from serve_app.openai.chat import Chat
+from serve_app.openai.chat_protocol import ChatBody
 from serve_app.openai.errors import ApiError
-from serve_app.openai.protocol import ChatBody
 from tests.unit.test_openai_completions import END, MODEL, TOKENIZER, run
 from tests.unit.test_openai_parsing import NOW, OUTPUTS, WEATHER
 
@@ -90,6 +90,8 @@ def comparable(response: dict[str, Any]) -> dict[str, Any]:
             "tool_choice": st.just("none"),
             "parallel_tool_calls": st.just(False),
             "stop": st.sampled_from(["Paris", "}", "think"]),
+            "stop_regex": st.sampled_from(["P.*s", "[{}]", "\\s<"]),
+            "min_tokens": st.integers(0, 9),
             "logprobs": st.just(True),
             "include_reasoning": st.just(False),
             "separate_reasoning": st.just(False),
@@ -109,6 +111,15 @@ def test_reasoning_has_both_names_and_is_counted():
     assert message["reasoning"] == message["reasoning_content"] == "Hm, let me see."
     counted = len(TOKENIZER.encode("\nHm, let me see.\n"))
     assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] == counted
+
+
+def test_an_answer_may_begin_with_the_message_that_it_goes_on_with():
+    fields = {"messages": [*HELLO, {"role": "assistant", "content": [{"type": "text", "text": "The sky"}]}]}
+    fields |= {"continue_final_message": True, "echo": True}
+    whole = answers([" is blue.", " is up."], **fields)
+    assert [choice["message"]["content"] for choice in whole["choices"]] == ["The sky is blue.", "The sky is up."]
+    assert comparable(streamed([" is blue.", " is up."], [2], **fields)) == comparable(whole)
+    assert answer("Hi", echo=True)["message"]["content"] == "Hi"
 
 
 def test_reasoning_stays_or_goes_on_request():

@@ -138,6 +138,8 @@ FIELDS = st.fixed_dictionaries(
         "echo": st.booleans(),
         "logprobs": st.integers(0, 3),
         "stop": st.lists(st.sampled_from(["e", "there", "kůň", "a t", "🐎"]), min_size=1, max_size=3),
+        "stop_regex": st.sampled_from(["[xyz]", "t.*e", ["\\s\\w", "ů"]]),
+        "min_tokens": st.integers(0, 6),
         "include_stop_str_in_output": st.booleans(),
         "skip_special_tokens": st.booleans(),
         "return_token_ids": st.booleans(),
@@ -156,7 +158,7 @@ def test_a_stream_reassembled_is_the_whole(
     fields: dict[str, Any], made: list[list[int]], cuts: list[int], other_cuts: list[int]
 ):
     if fields.get("max_tokens") == 0:
-        fields["echo"] = True
+        fields |= {"echo": True, "min_tokens": 0}
     [whole], usage = run(completions(**fields), made, cuts)
     chunks, usage_of_stream = run(completions(**fields, stream=True), made, other_cuts)
     assert reassembled(chunks) == whole["choices"]
@@ -218,6 +220,28 @@ def test_echoed_and_prompt_logprobs_have_their_own_counts():
 def test_without_a_choice_to_make_best_of_is_n():
     endpoint = completions(n=2, best_of=2, stream=True)
     assert len(endpoint.requests) == 2 and endpoint.requests[0].params.logprobs is None
+
+
+def test_an_expression_ends_the_text_and_is_named():
+    made = [TOKENIZER.encode("one two 3 four")]
+    [whole], usage = run(completions(stop_regex=["zz", " \\d"], stop="four"), made, [])
+    [choice] = whole["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("one two", "stop", " \\d")
+    assert usage["completion_tokens"] < len(made[0])
+
+
+@pytest.mark.parametrize("fields", [{"stop": "a"}, {"stop_regex": "[aA]"}], ids=str)
+def test_no_text_ends_an_output_before_its_least_tokens(fields: dict[str, Any]):
+    made = TOKENIZER.encode("a b a c")
+    [whole], usage = run(completions(min_tokens=1, **fields), [made], [])
+    assert whole["choices"][0]["text"] == "a b "
+    assert TOKENIZER.decode(made[: usage["completion_tokens"]]) == "a b a"
+
+
+def test_the_prompts_text_comes_along():
+    [whole], _ = run(completions([TEXT[:1], TEXT[:3]], n=2, return_prompt_text=True), [[8]], [])
+    texts = [TOKENIZER.decode(TEXT[:count]) for count in (1, 1, 3, 3)]
+    assert [choice["prompt_text"] for choice in whole["choices"]] == texts
 
 
 def test_token_ids_name_tokens():
@@ -304,6 +328,10 @@ def test_n_choices_have_seeds_of_their_own():
         ({"max_tokens": 64}, "max_tokens"),
         ({"min_tokens": 17}, "min_tokens"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop_regex": ["a", "b", "c", "d", "e"]}, "stop_regex"),
+        ({"stop_regex": "x" * 257}, "stop_regex"),
+        ({"stop_regex": "(a"}, "stop_regex"),
+        ({"stop_regex": "a", "stop": ["b" * 1000]}, "stop_regex"),
         ({"store": True}, "store"),
         ({"request_id": "two words"}, "request_id"),
         ({"logprob_token_ids": [5]}, "logprob_token_ids"),

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.http import parse_body
+from serve_app.openai.chat_protocol import ChatBody
 from serve_app.openai.completion_protocol import CompletionBody
 from serve_app.openai.errors import ApiError
-from serve_app.openai.protocol import ChatBody, GenerationBody
+from serve_app.openai.protocol import GenerationBody
 
 HELLO = [{"role": "user", "content": "Hello"}]
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -172,7 +173,7 @@ def test_a_wrong_prompt_is_pointed_at(prompt: Any, param: str):
 @pytest.mark.parametrize(
     "field",
     "use_beam_search length_penalty prompt_embeds watermarking vllm_xargs kv_transfer_params repetition_detection "
-    "stream_interval session_id stop_regex no_stop_trim lora_path rid extra_key return_hidden_states n_predict "
+    "stream_interval session_id lora_path extra_key return_hidden_states return_meta_info chat_template "
     "mirostat dry_multiplier typical_p".split(),
 )
 def test_what_other_servers_have_and_this_has_not_is_no_secret(field: str):

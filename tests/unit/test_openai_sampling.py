@@ -10,8 +10,8 @@ from engine.errors import CheckpointError
 from engine.request import SamplingParams
 from engine.tokenizer import Tokenizer
 from engine.weights.hub import resolve_model
+from serve_app.openai.chat_protocol import ChatBody
 from serve_app.openai.errors import ApiError
-from serve_app.openai.protocol import ChatBody
 from serve_app.openai.sampling import GenerationDefaults, choice_params, choice_seed, sampling_params
 
 TOKENIZER = Tokenizer.from_dir(resolve_model("demo"))

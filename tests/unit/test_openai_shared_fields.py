@@ -8,8 +8,9 @@ import pytest
 
 from serve_app.http import parse_body
 from serve_app.openai.chat import Chat
+from serve_app.openai.chat_protocol import ChatBody
 from serve_app.openai.endpoint import ServedModel
-from serve_app.openai.protocol import ChatBody
+from serve_app.openai.errors import ApiError
 from serve_app.openai.sampling import GenerationDefaults
 from tests.unit.test_openai_completions import MODEL, TOKENIZER, run
 
@@ -55,16 +56,22 @@ def test_a_clients_id_names_the_response_and_nothing_else():
 
 
 def test_token_ids_and_their_names_and_usage_come_along():
-    asked = {"return_token_ids": True, "logprobs": True, "top_logprobs": 1, "return_tokens_as_token_ids": True}
+    asked = {
+        "return_token_ids": True,
+        "return_prompt_text": True,
+        "logprobs": True,
+        "top_logprobs": 1,
+        "return_tokens_as_token_ids": True,
+    }
     options = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     made = [[8, 9, 10], [11]]
     [whole], usage = run(chat(n=2, **asked), made, [])
     assert [choice["token_ids"] for choice in whole["choices"]] == made
-    assert whole["prompt_token_ids"] == PROMPT
+    assert whole["prompt_token_ids"] == PROMPT and whole["prompt_text"].endswith("<|im_start|>assistant\n")
     streaming = chat(n=2, stream=True, **asked, **options)
     chunks, _ = run(streaming, made, [1])
     opening = streaming.first_chunks()
-    assert opening[0]["prompt_token_ids"] == PROMPT
+    assert opening[0]["prompt_token_ids"] == PROMPT and opening[0]["prompt_text"] == whole["prompt_text"]
     for index, choice in enumerate(whole["choices"]):
         own = [chunk for chunk in chunks if chunk["choices"][0]["index"] == index]
         assert [token_id for chunk in own for token_id in chunk["choices"][0]["token_ids"]] == made[index]
@@ -73,3 +80,12 @@ def test_token_ids_and_their_names_and_usage_come_along():
         assert [item["token"] for item in content] == [f"token_id:{token_id}" for token_id in made[index]]
         assert own[-1]["usage"]["completion_tokens"] == len(made[index])
         assert own[-1]["usage"]["prompt_tokens"] == usage["prompt_tokens"]
+
+
+def test_other_servers_names_are_known():
+    made = chat(n_predict=7, repeat_penalty=1.5, no_stop_trim=True, rid="mine")
+    params = made.requests[0].params
+    assert (params.max_tokens, params.repetition_penalty) == (7, 1.5)
+    assert made.text_options.include_stop and run(made, [[8]], [])[0][0]["id"] == "chatcmpl-mine"
+    with pytest.raises(ApiError, match="n_predict"):
+        chat(n_predict=7, max_tokens=8)

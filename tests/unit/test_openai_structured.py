@@ -10,10 +10,10 @@ from engine.grammar import GrammarCompiler
 from engine.tokenizer import Tokenizer, read_eos_token_ids
 from engine.weights.hub import resolve_model
 from serve_app.config import Limits
+from serve_app.openai.chat_protocol import ChatBody
 from serve_app.openai.completion_protocol import CompletionBody
 from serve_app.openai.errors import ApiError
 from serve_app.openai.parsing.output import Channel
-from serve_app.openai.protocol import ChatBody
 from serve_app.openai.structured import constraint
 from serve_app.openai.tools import ToolUse
 
@@ -85,6 +85,22 @@ def accepts(compiler, found, text: str) -> bool:
         ({"guided_regex": "[ab]{2}"}, "guided_regex", ["ab"], ["a"]),
         ({"guided_choice": ["x"]}, "guided_choice", ["x"], ["y", ""]),
         ({"guided_grammar": 'start: "q"'}, "guided_grammar", ["q"], ["p"]),
+        ({"json_schema": json.dumps(SCHEMA)}, "json_schema", ['{"a": 1}'], ["{}"]),
+        ({"regex": "[ab]{2}"}, "regex", ["ab"], ["a"]),
+        ({"ebnf": 'root ::= "a" [0-9]+'}, "ebnf", ["a12"], ["a"]),
+        ({"grammar": 'root ::= "a" [0-9]+'}, "grammar", ["a12"], ["a"]),
+        (
+            {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}},
+            "structured_outputs.json",
+            ['{"a":1}'],
+            ['{"a": 1}', '{ "a":1}'],
+        ),
+        (
+            {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": "\t{0,2}"}},
+            "structured_outputs.json",
+            ['{"a":1}', '{	"a":		1}'],
+            ['{"a": 1}'],
+        ),
     ],
 )
 def test_every_way_to_ask_for_a_form(compiler, fields, param, good, bad):
@@ -242,6 +258,8 @@ def test_schemas_are_limited_in_depth():
         {"response_format": {"type": "structural_tag"}},
         {"structured_outputs": {"structural_tag": "x"}},
         {"structured_outputs": {"choice": []}},
+        {"structured_outputs": {"regex": "a", "disable_any_whitespace": True}},
+        {"structured_outputs": {"json": {}, "disable_any_whitespace": True, "whitespace_pattern": " "}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "two words", "schema": {}}}},
     ],
 )
