@@ -7,22 +7,21 @@ millisecond, waits for nothing and never raises. A change is tried in cluster/si
 import logging
 import math
 import time
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
+from cluster.autoscaling_estimates import Average, Bursts, DrainRate, RecentMost
 from cluster.autoscaling_metrics import AutoscalerMetrics
 
 logger = logging.getLogger("ray.serve")
 
-FULL_AFTER_S = 3.0
-"""A replica is at full load when requests have been waiting for so long; now and then one waits at less."""
+FULL_AFTER_S = 30.0
+"""A replica is at full load when requests have been waiting for so long: its report averages over about that time, and
+what it took up before there was a queue is less than it can."""
 LEAST = 0.01
 """Replicas that any request calls for: one, after rounding."""
-DRAIN_MEMORY_S = 30.0
-"""Seconds at full load over which the drain rate follows what is measured."""
 
 REPORTED = (
     "num_running",
@@ -54,10 +53,11 @@ class Load:
 
 
 class QueueAndKvPolicy:
-    """Wants the larger of two numbers of replicas, and lets go of one only after a while without need of it.
+    """Wants the largest of three numbers of replicas, and lets go of one only after a while without need of it.
 
     For prompts: what it takes to keep up with the prompt tokens that arrive, and to work off those that wait.
     For room: KV blocks (or seats in the batch, where those run out first) in use, over the target utilization.
+    For bursts: where load comes and goes, what it took at most of late.
 
     Args:
         ttft_target_s: seconds in which waiting prompts should have been taken up.
@@ -69,6 +69,8 @@ class QueueAndKvPolicy:
         hold_s: seconds for which fewer replicas must have been enough before the number goes down.
         margin: share of load on top for which fewer replicas must be enough.
         arrival_memory_s: seconds over which arrivals are averaged.
+        burst_memory_s: seconds for which replicas are kept for the next burst, once load has gone to half and come back
+            to twice within that time. 0 keeps none.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -84,6 +86,7 @@ class QueueAndKvPolicy:
         hold_s: float = 60.0,
         margin: float = 0.05,
         arrival_memory_s: float = 30.0,
+        burst_memory_s: float = 600.0,
     ) -> None:
         _check("ttft_target_s", ttft_target_s, above=0)
         _check("prefill_tokens_per_s", prefill_tokens_per_s, above=0)
@@ -93,16 +96,19 @@ class QueueAndKvPolicy:
         _check("hold_s", hold_s)
         _check("margin", margin)
         _check("arrival_memory_s", arrival_memory_s, above=0)
+        _check("burst_memory_s", burst_memory_s)
         self._backlog_s = ttft_target_s + startup_s
-        self._drain = _DrainRate(prefill_tokens_per_s)
+        self._drain = DrainRate(prefill_tokens_per_s)
         self._target_utilization = target_utilization
         self._target_load = target_load
         self._hold_s = hold_s
         self._margin = margin
-        self._arrivals = _Average(arrival_memory_s)
-        self._recent = _RecentMost(hold_s)
+        self._arrivals = Average(arrival_memory_s)
+        self._room = Average(arrival_memory_s)
+        self._bursts = Bursts(burst_memory_s)
+        self._recent = RecentMost(hold_s)
         self._error = ""
-        self.metrics = AutoscalerMetrics(("prompts", "room", "unreported"))
+        self.metrics = AutoscalerMetrics(("prompts", "room", "bursts", "unreported"))
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """The number of replicas wanted now. Ray Serve keeps it within its bounds."""
@@ -129,15 +135,16 @@ class QueueAndKvPolicy:
         return target
 
     def _target(self, ctx: AutoscalingContext, now_s: float, wanted_for: dict[str, float]) -> int:
-        """The number of replicas from what calls for them: the larger of two reasons, and the third on top."""
-        wanted = max(wanted_for["prompts"], wanted_for["room"]) + wanted_for["unreported"]
-        wanted = min(wanted, float(ctx.capacity_adjusted_max_replicas))
-        self._recent.add(now_s, math.ceil(wanted * (1 + self._margin)))
+        """The number of replicas from what calls for them."""
+        most = float(ctx.capacity_adjusted_max_replicas)
+        needed = min(max(wanted_for["prompts"], wanted_for["room"]) + wanted_for["unreported"], most)
+        recent = self._recent.add(now_s, math.ceil(needed * (1 + self._margin)))
+        wanted = math.ceil(max(needed, min(wanted_for["bursts"], most)))
         if wanted > ctx.target_num_replicas:
-            return math.ceil(wanted)
+            return wanted
         if now_s - self._recent.since_s < self._hold_s:
             return ctx.target_num_replicas
-        return min(ctx.target_num_replicas, self._recent.most)
+        return min(ctx.target_num_replicas, max(recent, wanted))
 
     def _wanted(self, ctx: AutoscalingContext, now_s: float, requests_per_replica: float) -> dict[str, float]:
         """Replicas that the load of this moment takes, not rounded, by reason. 0 if there is none.
@@ -147,14 +154,19 @@ class QueueAndKvPolicy:
         load = sum_reports(ctx.raw_metrics or {})
         num_requests = float(ctx.total_num_requests)
         unreported = max(0.0, num_requests - load.num_requests) if load.num_reports < ctx.current_num_replicas else 0.0
-        by_count = unreported / requests_per_replica
-        arrivals = self._arrivals.add(now_s, load.arrival_tokens_per_s)
-        tokens_per_s = self._drain.add(now_s, load)
-        if not (load.num_requests or num_requests):
-            return {"prompts": 0.0, "room": 0.0, "unreported": 0.0}
-        for_prompts = arrivals / self._target_load + load.waiting_tokens / self._backlog_s
+        drain = self._drain.add(now_s, load.taken_tokens_per_s, load.drained_tokens_per_s)
+        for_arrivals = self._arrivals.add(now_s, load.arrival_tokens_per_s) / self._target_load / drain
+        for_queue = load.waiting_tokens / self._backlog_s / drain
         for_room = load.room_in_use / self._target_utilization
-        return {"prompts": max(for_prompts / tokens_per_s, LEAST), "room": for_room, "unreported": by_count}
+        # Without the queue: what a burst leaves waiting would call for replicas that the next one does not need.
+        for_bursts = self._bursts.add(now_s, max(for_arrivals, self._room.add(now_s, for_room)))
+        is_idle = not (load.num_requests or num_requests)
+        return {
+            "prompts": 0.0 if is_idle else max(for_arrivals + for_queue, LEAST),
+            "room": for_room,
+            "bursts": float(for_bursts),
+            "unreported": unreported / requests_per_replica,
+        }
 
 
 def sum_reports(metrics: dict[str, dict[Any, Any]]) -> Load:
@@ -195,71 +207,6 @@ def _latest(metrics: dict[str, dict[Any, Any]], replica: object) -> dict[str, fl
             return None
         report[name] = value
     return report
-
-
-class _Average:
-    """An average over time that forgets exponentially."""
-
-    def __init__(self, memory_s: float) -> None:
-        self._memory_s = memory_s
-        self._value = 0.0
-        self._updated_s: float | None = None
-
-    def add(self, now_s: float, value: float) -> float:
-        """Take in the value that holds now; returns the average. The first counts as if it had always held."""
-        if self._updated_s is None:
-            self._value = value
-        else:
-            elapsed_s = max(0.0, now_s - self._updated_s)
-            self._value += (value - self._value) * -math.expm1(-elapsed_s / self._memory_s)
-        self._updated_s = now_s
-        return self._value
-
-
-class _DrainRate:
-    """Prompt tokens per second that one replica takes up at full load, as measured.
-
-    At full load it follows what is taken up. At less it only learns that a replica can do as much as it does: so it
-    rises until a queue forms now and then, also when prompts become easier.
-    """
-
-    def __init__(self, tokens_per_s: float) -> None:
-        self._value = tokens_per_s
-        self._updated_s = -math.inf
-
-    def add(self, now_s: float, load: Load) -> float:
-        """Take in the load of this moment; returns the rate, above 0."""
-        if load.drained_tokens_per_s is None:
-            self._value = max(self._value, load.taken_tokens_per_s)
-        else:
-            elapsed_s = min(1.0, max(0.0, now_s - self._updated_s))
-            self._value += (load.drained_tokens_per_s - self._value) * -math.expm1(-elapsed_s / DRAIN_MEMORY_S)
-        self._updated_s = now_s
-        return self._value
-
-
-class _RecentMost:
-    """The largest of the numbers of the last `period_s` seconds."""
-
-    def __init__(self, period_s: float) -> None:
-        self._period_s = period_s
-        self._falling: deque[tuple[float, int]] = deque()
-        """Those that no later one reaches: times rise, numbers fall."""
-        self.since_s = math.inf
-        """Time of the first number of all."""
-
-    def add(self, now_s: float, number: int) -> None:
-        """Take in the number of this moment."""
-        self.since_s = min(self.since_s, now_s)
-        while self._falling and self._falling[-1][1] <= number:
-            self._falling.pop()
-        self._falling.append((now_s, number))
-        while self._falling[0][0] < now_s - self._period_s:
-            self._falling.popleft()
-
-    @property
-    def most(self) -> int:
-        return self._falling[0][1]
 
 
 def _check(name: str, value: float, above: float | None = None, most: float = math.inf) -> None:

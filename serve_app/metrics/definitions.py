@@ -251,7 +251,7 @@ _ALL = (
     # The autoscaler.
     Definition(
         "autoscaler_wanted_replicas", _G, _CONTROLLER, "Engine replicas that each reason calls for, not rounded: "
-        "prompts, room, unreported.", ("reason",),
+        "prompts, room, bursts, unreported.", ("reason",),
     ),
     Definition("autoscaler_target_replicas", _G, _CONTROLLER, "Engine replicas that the policy decided on."),
     Definition("autoscaler_running_replicas", _G, _CONTROLLER, "Engine replicas that run."),

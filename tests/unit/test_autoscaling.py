@@ -118,6 +118,44 @@ def test_a_margin_keeps_a_replica_that_is_only_just_not_needed():
     assert after(0, 0.33) == 2 and after(0.1, 0.33) == 3 and after(0.1, 0.3) == 2
 
 
+def turns(made: QueueAndKvPolicy, kv_utilization: float, start_s: int, end_s: int) -> list[int]:
+    """What is decided in each second, by a service of ten replicas that all are as full."""
+    reports = [busy(kv_utilization=kv_utilization)] * 10
+    return [made(context(reports, float(second)))[0] for second in range(start_s, end_s)]
+
+
+def test_once_load_has_come_again_replicas_are_kept_for_the_next_burst():
+    made = policy(hold_s=10, arrival_memory_s=1, burst_memory_s=300)
+    assert turns(made, 0.3, 0, 60)[-1] == 6
+    assert turns(made, 0.05, 60, 160)[-1] == 1  # a first burst is no reason
+    assert turns(made, 0.25, 160, 220)[-1] == 6  # the most of late, at once
+    assert turns(made, 0.05, 220, 320)[-1] == 6
+    assert turns(made, 0.05, 320, 700)[-1] == 1
+
+
+@pytest.mark.parametrize(
+    "loads",
+    [
+        [0.3, 0.05, 0.05, 0.05, 0.05, 0.3, 0.05],  # comes again too late
+        [0.3, 0.2, 0.3, 0.2, 0.3, 0.05],  # goes by less than half
+        [0.04, 0.01, 0.04, 0.01],  # comes by less than a replica
+        [0.05, 0.1, 0.2, 0.3, 0.2, 0.1, 0.05],  # rises and falls once
+    ],
+)
+def test_other_loads_keep_nothing_for_bursts(loads: list[float]):
+    made = policy(hold_s=10, arrival_memory_s=1, burst_memory_s=300)
+    for index, load in enumerate(loads):
+        decided = turns(made, load, 100 * index, 100 * index + 100)
+    assert decided[-1] == max(1, math.ceil(loads[-1] * 10 / 0.5))
+
+
+def test_without_a_memory_of_bursts_nothing_is_kept_for_them():
+    made = policy(hold_s=10, arrival_memory_s=1, burst_memory_s=0)
+    for index in range(6):
+        decided = turns(made, 0.3 if index % 2 == 0 else 0.05, 100 * index, 100 * index + 100)
+    assert decided[-1] == 1
+
+
 def test_a_policy_that_has_just_started_takes_nothing_away():
     """After a restart of Ray Serve's controller it knows nothing about the minutes before."""
     made = policy()
@@ -170,7 +208,7 @@ def test_it_never_raises_and_says_so_once(caplog: pytest.LogCaptureFixture):
 
 def test_the_drain_rate_follows_replicas_at_full_load():
     made = policy()
-    full = busy(num_waiting=1, num_waiting_tokens=19_500, taken_tokens_per_s=2000, queued_s=10)
+    full = busy(num_waiting=1, num_waiting_tokens=19_500, taken_tokens_per_s=2000, queued_s=40)
     decided = [made(context([full] * 2, second / 10, target=4))[0] for second in range(3000)]
     assert decided[0] == 4 and decided[-1] == 2  # 39,000 tokens in 10 seconds, at 1000 a second, then at 2000
 
@@ -185,7 +223,7 @@ def test_without_a_queue_the_drain_rate_only_rises():
 def test_now_and_then_one_that_waits_is_not_full_load():
     made = policy()
     for second in range(100):
-        waits = busy(num_waiting=1, num_waiting_tokens=1, taken_tokens_per_s=1, queued_s=2.0)
+        waits = busy(num_waiting=1, num_waiting_tokens=1, taken_tokens_per_s=1, queued_s=20.0)
         made(context([waits], float(second)))
     assert made(context([busy(num_waiting=1, num_waiting_tokens=10_000)], 100.0))[0] == 1
 
@@ -198,6 +236,7 @@ def test_now_and_then_one_that_waits_is_not_full_load():
         ({"target_utilization": 1.5}, "target_utilization is 1.5, expected a number above 0 and at most 1"),
         ({"hold_s": math.nan}, "hold_s is nan, expected a number at least 0"),
         ({"startup_s": math.inf}, "startup_s is inf"),
+        ({"burst_memory_s": -1}, "burst_memory_s is -1, expected a number at least 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, float], message: str):

