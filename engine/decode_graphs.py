@@ -63,6 +63,11 @@ class DecodeGraphs:
         if capture:
             self._capture_all(progress)
 
+    @property
+    def captured(self) -> list[torch.cuda.CUDAGraph]:
+        """The graphs, smallest batch last; none where they are not captured."""
+        return list(self._graphs.values())
+
     def launch(self, slots: np.ndarray, positions: np.ndarray, settings: np.ndarray | None) -> Decoded:
         """Decode for n requests; the output is overwritten by the next launch.
 

@@ -16,8 +16,18 @@ from engine.batch import StepOrder
 from engine.device import choose_device
 from engine.errors import EngineError
 from engine.outcome import LaunchedStep
-from engine.parallel.group import RankGroup
-from engine.parallel.orders import RENDEZVOUS, ClearBlocks, Failure, Inbox, PromptLogits, Start, connect, hang_up
+from engine.parallel.group import RankGroup, take_device
+from engine.parallel.orders import (
+    RENDEZVOUS,
+    ClearBlocks,
+    Failure,
+    Inbox,
+    PromptLogits,
+    Ready,
+    Start,
+    connect,
+    hang_up,
+)
 from engine.prompt_spans import PromptSpan
 from engine.runner import ModelRunner
 
@@ -110,13 +120,16 @@ def _follow(inbox: Inbox, folder: Path, rank: int, device_index: int) -> None:
         return
     config = start.config.model_copy(update={"show_progress": False})
     device = choose_device(config)
-    if device.type == "cuda":
-        torch.cuda.set_device(device_index)
+    take_device(device, device_index)
+    inbox.connection.send(Ready())
     group = RankGroup(folder / RENDEZVOUS, rank, config.tensor_parallel_size, device)
     follower = Follower(config, start.model_config, start.path, start.vocab_size, group)
     group.minimum(0)
     while (order := inbox.get()) is not None:
         follower.obey(order)
+    for graph in () if follower.graphs is None else follower.graphs.captured:
+        graph.reset()
+    group.abort()
 
 
 def _end_in_time(inbox: Inbox, done: threading.Event) -> None:

@@ -20,7 +20,8 @@ from engine.parallel.share import Share
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another that lives, as one may read its weights from a slower disk. The death of a rank is
 noticed at once, see engine.parallel.workers."""
-CONNECT_TIMEOUT = timedelta(minutes=1)
+CONNECT_TIMEOUT = timedelta(minutes=2)
+"""How long ranks that are ready may take to find each other. The death of one is noticed late meanwhile."""
 LOOPBACK = "127.0.0.1"
 c10d: Any = torch.distributed
 """Torch's type stubs leave out half of it. Groups are made without its global one: a process may hold many engines."""
@@ -123,8 +124,19 @@ class RankGroup(TensorParallel):
         return int(found.item())
 
     def abort(self) -> None:
-        """Let go of all that waits for other ranks. Safe to call from any thread."""
+        """Let go of all that waits for other ranks. Safe to call from any thread.
+
+        NCCL frees what waits at once, and then waits itself for the graphs that have captured any of its operations:
+        these must be reset, by another thread if need be.
+        """
         self._backend.abort()
+
+
+def take_device(device: torch.device, index: int) -> None:
+    """Make a GPU the one that this thread uses, and set it up now: that takes seconds if all ranks do it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(index)
+        torch.cuda.synchronize()
 
 
 def _gloo(store: Any, rank: int, size: int) -> Any:

@@ -40,6 +40,8 @@ class Leader(ModelRunner):
         with self._workers.guard():
             super().__init__(config, model_config, path, vocab_size, self._workers.group)
             self._group.minimum(0)  # the others are as far
+        if self.graphs is not None:
+            self._workers.end_graphs_first(self.graphs.captured)
 
     @torch.inference_mode()
     def launch(self, step: Step, before_masks: Callable[[], object] = lambda: None) -> LaunchedStep:

@@ -1,6 +1,7 @@
 """What ranks tell each other besides tensors, over a socket that only this user's processes can open.
 
-The first rank sends a Start, then orders. Another rank sends its number, and a Failure if it has one.
+The first rank sends a Start, then orders. Another rank sends its number, Ready when it has its device, and a Failure if
+it has one.
 """
 
 import os
@@ -29,6 +30,11 @@ class Start:
     model_config: ModelConfig
     path: Path
     vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A rank has its device, and is about to join the others."""
 
 
 @dataclass(frozen=True, slots=True)

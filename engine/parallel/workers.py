@@ -1,13 +1,15 @@
 """The other ranks, as the first one sees them: started, told what to run, watched, ended."""
 
 import logging
+import os
+import pickle
 import shutil
 import socket
 import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import CheckpointError, ConfigError, EngineDeadError, EngineError
-from engine.parallel.group import RankGroup
+from engine.parallel.group import RankGroup, take_device
 from engine.parallel.orders import RENDEZVOUS, SOCKET, Failure, Start, hang_up
 from engine.parallel.processes import StartedRank, StartRank
 
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 300.0
 """How long a rank may take to start. Under Ray, its actor may have to wait for a busy machine."""
+MAX_SOCKET_PATH = 107
+"""Bytes of a socket's path that Linux takes."""
 REASON_TIMEOUT_S = 5.0
 """How long to wait for the reason of a fault that another rank may have caused, and for ranks to end."""
 POLL_S = 0.1
@@ -37,7 +41,7 @@ class Workers:
         device: what kind each computes on.
 
     Raises:
-        ConfigError: they cannot be started.
+        ConfigError: they cannot be started, or the folder for temporary files has too long a name.
         EngineDeadError: one ended before it was connected.
     """
 
@@ -47,20 +51,32 @@ class Workers:
         self._end = weakref.finalize(self, self._state.end)
         folder = self._state.folder
         with self.guard(), socket.socket(socket.AF_UNIX) as listener:
+            if len(os.fsencode(folder / SOCKET)) > MAX_SOCKET_PATH:
+                raise ConfigError(
+                    f"{folder / SOCKET} is too long for the path of a socket, expected at most {MAX_SOCKET_PATH} "
+                    "bytes: set TMPDIR to a folder with a shorter name"
+                )
             listener.bind(str(folder / SOCKET))
             listener.listen(self._size)
             listener.settimeout(POLL_S)
             for rank in range(1, self._size):
                 self._state.ranks[rank] = start_rank(rank, self._size, folder, device)
             self._accept(listener)
-            threading.Thread(target=_watch, args=(self._state, self._size), name="ranks", daemon=True).start()
             self.send(start)
+            take_device(device, 0)
+            self._await_ready()
+            threading.Thread(target=_watch, args=(self._state, self._size), name="ranks", daemon=True).start()
             self.group = self._state.group = RankGroup(folder / RENDEZVOUS, 0, self._size, device)
 
     def send(self, order: object) -> None:
         """Tell all ranks what to run next."""
+        message = pickle.dumps(order)
         for connection in self._state.connections.values():
-            connection.send(order)
+            connection.send_bytes(message)
+
+    def end_graphs_first(self, graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
+        """Let go of these before the ranks' group, which waits for graphs that have captured any of its operations."""
+        self._state.graphs = graphs
 
     def check(self) -> None:
         """Raise if a rank has failed."""
@@ -103,7 +119,21 @@ class Workers:
                 continue
             accepted.setblocking(True)
             connection = Connection(accepted.detach())
-            self._state.connections[connection.recv()] = connection
+            try:
+                self._state.connections[connection.recv()] = connection
+            except EOFError:  # it has just ended: the next turn tells why
+                continue
+
+    def _await_ready(self) -> None:
+        """Wait until all ranks have their devices, so that they look for each other at the same time."""
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        for rank, connection in self._state.connections.items():
+            if not connection.poll(max(0.0, deadline - time.monotonic())):
+                raise EngineDeadError(
+                    f"rank {rank} of {self._size} failed: it has no device after {CONNECT_TIMEOUT_S:.0f} s"
+                )
+            if (error := _heard(self._state, rank, self._size)) is not None:
+                raise error
 
     def _raise_if_ended(self, is_late: bool) -> None:
         for rank, started in self._state.ranks.items():
@@ -124,6 +154,7 @@ class _State:
         self.ranks: dict[int, StartedRank] = {}
         self.connections: dict[int, Connection] = {}
         self.group: RankGroup | None = None
+        self.graphs: Sequence[torch.cuda.CUDAGraph] = ()
         self.failure: EngineError | None = None
         self.failed = threading.Event()
         self.is_ending = False
@@ -139,6 +170,10 @@ class _State:
         self.is_ending = True
         for connection in self.connections.values():
             hang_up(connection)
+        for graph in self.graphs:
+            graph.reset()
+        if self.group is not None:
+            self.group.abort()
         deadline = time.monotonic() + REASON_TIMEOUT_S
         for started in self.ranks.values():
             if started.wait(max(0.0, deadline - time.monotonic())) is None:
@@ -149,19 +184,26 @@ class _State:
 def _watch(state: _State, size: int) -> None:
     """Wait for a rank to fail, and let go of what waits for it."""
     ready = wait(list(state.connections.values()))
-    rank, connection = next(item for item in state.connections.items() if item[1] in ready)
-    try:
-        error = _failed(connection.recv(), f"rank {rank} of {size} failed: ")
-    except (EOFError, OSError):
-        if state.is_ending:
-            return
-        reason = state.ranks[rank].wait(REASON_TIMEOUT_S) or "its connection broke"
-        error = EngineDeadError(f"rank {rank} of {size} failed: {reason}")
-    if not state.is_ending:
-        logger.error("%s", error)
+    rank = next(rank for rank, connection in state.connections.items() if connection in ready)
+    error = _heard(state, rank, size)
+    if error is None or state.is_ending:
+        return
+    logger.error("%s", error)
     state.fail(error)
     if state.group is not None:
         state.group.abort()
+
+
+def _heard(state: _State, rank: int, size: int) -> EngineError | None:
+    """Why a rank fails that has sent something or hung up; None if it does not."""
+    try:
+        message = state.connections[rank].recv()
+    except (EOFError, OSError):
+        if state.is_ending:
+            return None
+        reason = state.ranks[rank].wait(REASON_TIMEOUT_S) or "its connection broke"
+        return EngineDeadError(f"rank {rank} of {size} failed: {reason}")
+    return _failed(message, f"rank {rank} of {size} failed: ") if isinstance(message, Failure) else None
 
 
 def _failed(failure: Failure, prefix: str) -> EngineError:

@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 import engine.llm
 import engine.parallel.follower
+import engine.parallel.workers
 import engine.runner
 from engine import LLM, CheckpointError, ConfigError, RequestError, SamplingParams
 from engine.errors import EngineDeadError
@@ -26,7 +28,8 @@ from engine.layers.quantized_linear import QuantizedLinear
 from engine.llm import Completion
 from engine.llm_engine import LLMEngine
 from engine.parallel import processes
-from engine.parallel.group import TensorParallel
+from engine.parallel.group import RankGroup, TensorParallel
+from engine.parallel.orders import connect
 from engine.parallel.share import Share
 from engine.runner import ModelRunner
 from engine.weights import loader
@@ -34,7 +37,7 @@ from engine.weights.hub import resolve_model
 from engine.weights.load_model import load_model
 from kernels.cpu_build import load_library
 from tests.adapters import make_adapter
-from tests.parallel_ranks import start_thread
+from tests.parallel_ranks import RankThread, start_thread
 from tests.quantized_checkpoints import make_quantized
 from tests.tiny_models import make_tiny_model, make_tiny_qwen3
 from tests.unit.test_gguf import write
@@ -407,13 +410,65 @@ def test_more_ranks_than_gpus(tmp_path):
         processes.start_process(1, 2, tmp_path, torch.device("cuda"))
 
 
-def test_a_rank_that_fails_at_the_start_tells_why(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (engine.parallel.follower, "take_device"),
+        (engine.parallel.follower.Follower, "__init__"),
+        (engine.parallel.follower.Follower, "_warm_up"),
+    ],
+    ids=["device", "load", "warm-up"],
+)
+def test_a_rank_that_fails_at_the_start_tells_why(tiny, monkeypatch, place, name):
+    """Wherever that is, and whatever the first rank waits for by then."""
+
     def fail(*arguments) -> None:
         raise CheckpointError("the disk of rank 1 is on fire")
 
-    monkeypatch.setattr(engine.parallel.follower.Follower, "__init__", fail)
+    monkeypatch.setattr(place, name, fail)
     with pytest.raises(CheckpointError, match=r"^rank 1 of 2 failed: the disk of rank 1 is on fire$"):
         LLM(str(tiny), tensor_parallel_size=2, **FIELDS)
+
+
+def test_a_rank_that_ends_before_it_says_which_it_is(tiny, monkeypatch):
+    class Ended(RankThread):
+        @staticmethod
+        def _run(rank, folder) -> None:
+            connect(folder).close()
+
+    def start(rank, size, folder, device) -> Ended:
+        return Ended(rank, folder)
+
+    monkeypatch.setattr(engine.llm, "LLMEngine", partial(LLMEngine, start_rank=start))
+    with pytest.raises(EngineDeadError, match=r"^rank 1 of 2 failed: its thread ended$"):
+        LLM(str(tiny), tensor_parallel_size=2, **FIELDS)
+
+
+def test_ranks_look_for_each_other_when_all_are_ready(tiny, monkeypatch):
+    """For that they have little time, however long one of them takes to get there."""
+    found: list[str] = []
+
+    def take_slowly(*arguments) -> None:
+        time.sleep(0.3)
+        found.append("the other is ready")
+
+    def join(*arguments) -> RankGroup:
+        found.append("the first joins")
+        return RankGroup(*arguments)
+
+    monkeypatch.setattr(engine.parallel.follower, "take_device", take_slowly)
+    monkeypatch.setattr(engine.parallel.workers, "RankGroup", join)
+    with divided(tiny, 2):
+        assert found == ["the other is ready", "the first joins"]
+
+
+def test_a_folder_whose_name_is_too_long_for_a_socket(tiny, tmp_path, monkeypatch):
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(ConfigError, match="expected at most 107 bytes: set TMPDIR to a folder with a shorter name"):
+        LLM(str(tiny), tensor_parallel_size=2, **FIELDS)
+    assert not list(folder.iterdir())
 
 
 def test_a_rank_that_fails_in_a_step_ends_the_engine(tiny, monkeypatch):
