@@ -1,10 +1,10 @@
-"""Weights in a GGUF file, dequantized as they are read unless they are to stay quantized."""
+"""Weights in GGUF files, dequantized as they are read unless they are to stay quantized."""
 
 import math
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +12,9 @@ import torch
 from engine.errors import CheckpointError
 from engine.weights.checkpoint import TensorInfo
 from engine.weights.gguf_file import GgufFile, GgufTensor
+from engine.weights.gguf_parts import read_parts
 from engine.weights.messages import shown
 
-GGUF_NAME = "model.gguf"
-"""Name of the file, or a link to it, in a checkpoint folder."""
 CHUNK_ELEMENTS = 2**20
 """Weights dequantized at a time: bounds the memory that takes, and keeps it in the caches."""
 
@@ -47,59 +46,69 @@ _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """Types that need no dequantizing."""
 
 
+class _Found(NamedTuple):
+    """A tensor and the file that holds it."""
+
+    path: Path
+    data: np.ndarray
+    """All of the file, mapped."""
+    tensor: GgufTensor
+
+
 class GgufCheckpoint:
-    """The tensors of a GGUF file under the names that Hugging Face gives them.
+    """The tensors of a GGUF file, or of all its parts, under the names that Hugging Face gives them.
 
     Args:
-        path: the file.
+        path: the file, or any of its parts.
         dtype: what quantized tensors are read as.
 
     Raises:
-        CheckpointError: the file is damaged, or has a tensor of an unknown name or type.
+        CheckpointError: a file is missing or damaged, or has a tensor of an unknown name or type.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        self._path = path
         self._dtype = dtype
-        file = GgufFile(path)
-        self._data = np.memmap(path, dtype=np.uint8, mode="c")  # torch has no read-only tensors
-        self._found: dict[str, GgufTensor] = {}
+        self._found: dict[str, _Found] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        self._heads = _interleaved_heads(file)
-        for gguf_name, tensor in file.tensors.items():
-            if gguf_name in _UNUSED:
-                continue
-            self._check(gguf_name, tensor, file.num_bytes)
-            for name, part in _by_name(path, gguf_name, tensor):
-                self._found[name] = part
-                self.tensors[name] = TensorInfo(path.name, part.shape, _PLAIN.get(part.type_id, dtype))
+        files = read_parts(path)
+        self._heads = _interleaved_heads(files[0])
+        for file in files:
+            data = np.memmap(file.path, dtype=np.uint8, mode="c")  # torch has no read-only tensors
+            for gguf_name, tensor in file.tensors.items():
+                if gguf_name in _UNUSED:
+                    continue
+                _check(file, gguf_name, tensor)
+                for name, part in _by_name(file.path, gguf_name, tensor):
+                    self._found[name] = _Found(file.path, data, part)
+                    self.tensors[name] = TensorInfo(file.path.name, part.shape, _PLAIN.get(part.type_id, dtype))
 
     def type_of(self, name: str) -> int:
         """ggml's number of the type that a tensor has in the file."""
-        return self._found[name].type_id
+        return self._found[name].tensor.type_id
 
     def keep_quantized(self, name: str) -> None:
         """From now on the matrix is, and is read as, the file's own blocks: uint8 [rows, blocks, bytes of a block]."""
-        tensor = self._found[name]
+        path, _, tensor = self._found[name]
         elements, num_bytes = _block(tensor.type_id)
         rows, columns = tensor.shape
-        self.tensors[name] = TensorInfo(self._path.name, (rows, columns // elements, num_bytes), torch.uint8)
+        self.tensors[name] = TensorInfo(path.name, (rows, columns // elements, num_bytes), torch.uint8)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor on the CPU; plain types, and what stays quantized, as a view into the mapped file."""
-        values = self._read(self._found[name], self.tensors[name])
+        path, data, tensor = self._found[name]
+        values = self._read(data, tensor, self.tensors[name])
         num_heads = self._heads.get(name.rpartition(".")[0].rpartition(".")[2])
         if num_heads is None:
             return values
         if len(values) % (2 * num_heads):
             raise CheckpointError(
-                f"{self._path}: tensor {shown(name)} has {len(values)} rows, expected a multiple of {2 * num_heads}"
+                f"{path}: tensor {shown(name)} has {len(values)} rows, expected a multiple of {2 * num_heads}"
             )
         # Pairs that are rotated together are neighbours there; here, one is half a head after the other.
         return values.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
-    def _read(self, tensor: GgufTensor, info: TensorInfo) -> torch.Tensor:
-        raw = self._data[tensor.offset : tensor.offset + _num_bytes(tensor)]
+    def _read(self, data: np.ndarray, tensor: GgufTensor, info: TensorInfo) -> torch.Tensor:
+        raw = data[tensor.offset : tensor.offset + _num_bytes(tensor)]
         if info.dtype == torch.uint8:
             return torch.from_numpy(raw).view(info.shape)
         plain = _PLAIN.get(tensor.type_id)
@@ -115,26 +124,28 @@ class GgufCheckpoint:
             values[start : start + chunk.size] = torch.from_numpy(chunk.reshape(-1))
         return values.view(tensor.shape)
 
-    def _check(self, name: str, tensor: GgufTensor, num_bytes: int) -> None:
-        try:
-            elements, _ = _block(tensor.type_id)
-        except ValueError:
-            raise CheckpointError(
-                f"{self._path}: tensor {shown(name)} has type {tensor.type_id}, which cannot be dequantized"
-            ) from None
-        if tensor.shape[-1] % elements:
-            raise CheckpointError(
-                f"{self._path}: tensor {shown(name)} has rows of {tensor.shape[-1]} weights, expected a multiple of "
-                f"{elements} for its type"
-            )
-        if tensor.type_id in _PLAIN and tensor.offset % 4:
-            raise CheckpointError(f"{self._path}: tensor {shown(name)} begins at byte {tensor.offset:,}: not aligned")
-        end = tensor.offset + _num_bytes(tensor)
-        if end > num_bytes:
-            raise CheckpointError(
-                f"{self._path}: tensor {shown(name)} ends at byte {end:,}, the file has {num_bytes:,}: truncated; "
-                "download it again"
-            )
+
+def _check(file: GgufFile, name: str, tensor: GgufTensor) -> None:
+    """Raise CheckpointError for a tensor whose data cannot be read."""
+    try:
+        elements, _ = _block(tensor.type_id)
+    except ValueError:
+        raise CheckpointError(
+            f"{file.path}: tensor {shown(name)} has type {tensor.type_id}, which cannot be dequantized"
+        ) from None
+    if tensor.shape[-1] % elements:
+        raise CheckpointError(
+            f"{file.path}: tensor {shown(name)} has rows of {tensor.shape[-1]} weights, expected a multiple of "
+            f"{elements} for its type"
+        )
+    if tensor.type_id in _PLAIN and tensor.offset % 4:
+        raise CheckpointError(f"{file.path}: tensor {shown(name)} begins at byte {tensor.offset:,}: not aligned")
+    end = tensor.offset + _num_bytes(tensor)
+    if end > file.num_bytes:
+        raise CheckpointError(
+            f"{file.path}: tensor {shown(name)} ends at byte {end:,}, the file has {file.num_bytes:,}: truncated; "
+            "download it again"
+        )
 
 
 def _interleaved_heads(file: GgufFile) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 A file is: magic, version, number of tensors, number of metadata entries; the entries (key, type, value); for each
 tensor name, sizes, type and offset; padding; data. Numbers are little endian. All of it is checked here, before any
-data is read, so that no length in a damaged file makes us read, loop or allocate beyond the file.
+data is read, so that no length in a damaged file makes us read, loop or allocate beyond the file, nor, where that is
+large, beyond what a header may have.
 """
 
 import math
@@ -12,6 +13,8 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from engine.errors import CheckpointError
 from engine.weights.messages import shown
 
@@ -19,6 +22,10 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
+MAX_HEADER_BYTES = 2**26
+"""Room for the tokens and merges of a vocabulary of a million."""
+MAX_TENSORS = 2**18
+"""Matrices of experts counted one by one: some 36,000 in Qwen3-235B-A22B."""
 
 _NUMBERS = dict(enumerate("BbHhIif", start=0)) | {10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -68,6 +75,8 @@ class GgufFile:
         if version not in VERSIONS:
             raise CheckpointError(f"{self.path}: is GGUF version {version}, expected one of {VERSIONS}")
         num_tensors = cursor.count("Q", "tensors", _MIN_TENSOR_BYTES)
+        if num_tensors > MAX_TENSORS:
+            raise CheckpointError(f"{self.path}: claims {num_tensors:,} tensors, expected at most {MAX_TENSORS:,}")
         num_entries = cursor.count("Q", "metadata entries", _MIN_ENTRY_BYTES)
         self.metadata: dict[str, Any] = {}
         for _ in range(num_entries):
@@ -109,13 +118,14 @@ class _Cursor:
         self.position = 0
         self._path = path
         self._data = data
+        self._end = min(len(data), MAX_HEADER_BYTES)
 
     def bytes(self, length: int) -> bytes:
         end = self.position + length
-        if end > len(self._data):
+        if end > self._end:
             raise CheckpointError(
-                f"{self._path}: the header needs byte {end:,}, the file has {len(self._data):,}: truncated or damaged; "
-                "download it again"
+                f"{self._path}: the header needs byte {end:,}, expected it to end by byte {self._end:,}: truncated or "
+                "damaged; download it again"
             )
         found = self._data[self.position : end]
         self.position = end
@@ -128,10 +138,10 @@ class _Cursor:
     def count(self, code: str, what: str, min_bytes: int) -> int:
         """How many of something follow, each at least so many bytes long."""
         count = int(self.number(code))
-        if count * min_bytes > len(self._data) - self.position:
+        if count * min_bytes > self._end - self.position:
             raise CheckpointError(
-                f"{self._path}: claims {count:,} {what}, more than a file of {len(self._data):,} bytes can hold: "
-                "damaged; download it again"
+                f"{self._path}: claims {count:,} {what}, more than fit into the header, which ends by byte "
+                f"{self._end:,}: damaged; download it again"
             )
         return count
 
@@ -152,7 +162,8 @@ class _Cursor:
             return self._array(key)
         raise CheckpointError(f"{self._path}: {shown(key)} has value type {type_id}, which is not known")
 
-    def _array(self, key: str) -> list[Any]:
+    def _array(self, key: str) -> list[Any] | np.ndarray:
+        """Numbers as an array, which takes no more memory than they do in the file; others as a list."""
         item_type = self.number("I")
         code = _NUMBERS.get(item_type)
         if code is None:
@@ -160,4 +171,4 @@ class _Cursor:
             return [self.value(item_type, key, in_array=True) for _ in range(count)]
         size = struct.calcsize(f"<{code}")
         count = self.count("Q", f"items of {shown(key)}", size)
-        return list(struct.unpack(f"<{count}{code}", self.bytes(count * size)))
+        return np.frombuffer(self.bytes(count * size), dtype=f"<{code}")

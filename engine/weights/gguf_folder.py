@@ -8,20 +8,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from engine.errors import CheckpointError
-from engine.weights.gguf_checkpoint import GGUF_NAME
 from engine.weights.gguf_file import GgufFile
+from engine.weights.gguf_metadata import GgufMetadata
+from engine.weights.gguf_parts import GGUF_NAME, part_name, part_paths, read_parts
+from engine.weights.gguf_tokenizer import special_tokens, tokenizer_of
 from engine.weights.messages import shown
 from kernels.cache_folder import cache_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Changes when the files written here do."""
 ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
@@ -31,38 +31,32 @@ ARCHITECTURES = {
 }
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """How all Llama 3.1 to 3.3 stretch their rotary embedding, but for the factor."""
-SPLIT_PATTERNS = {
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+",
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+",
-}
-"""How text is cut into words before they are cut into tokens, by `tokenizer.ggml.pre`."""
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
-"""Kinds of tokens that are not pieces of text."""
 
 
 def gguf_folder(path: Path) -> Path:
-    """A folder with the files that describe the model, and a link to the weights; made once for a file.
+    """A folder with the files that describe the model, and links to the weights; made once for a file.
+
+    Args:
+        path: of the file, or of any part of it.
 
     Raises:
-        CheckpointError: the file is damaged, or holds no model that is supported.
+        CheckpointError: a file is missing or damaged, or holds no model that is supported.
     """
-    path = path.resolve()
+    paths = [part.resolve() for part in part_paths(path.absolute())]
     try:
-        status = path.stat()
+        seen = [(str(part), status.st_size, status.st_mtime_ns) for part in paths for status in (part.stat(),)]
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    identity = repr((FORMAT_VERSION, str(path), status.st_size, status.st_mtime_ns))
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
     parent = cache_folder()
-    folder = parent / f"gguf-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    folder = parent / f"gguf-{hashlib.sha256(repr((FORMAT_VERSION, seen)).encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder
     with tempfile.TemporaryDirectory(dir=parent) as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
-        _write_all(GgufFile(path), made)
-        (made / GGUF_NAME).symlink_to(path)
+        _write_all(read_parts(path.absolute()), made)
+        for number, part in enumerate(paths, start=1):
+            (made / part_name(GGUF_NAME, number, len(paths))).symlink_to(part)
         try:
             os.rename(made, folder)
         except OSError:
@@ -72,25 +66,36 @@ def gguf_folder(path: Path) -> Path:
     return folder
 
 
-def _write_all(file: GgufFile, folder: Path) -> None:
-    metadata = _Metadata(file)
+def _write_all(files: list[GgufFile], folder: Path) -> None:
+    metadata = GgufMetadata(files[0])
     architecture = metadata.get("general.architecture", str)
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
-            f"{file.path}: architecture {shown(architecture)} is not supported, expected {', '.join(ARCHITECTURES)}"
+            f"{metadata.path}: architecture {shown(architecture)} is not supported, expected {', '.join(ARCHITECTURES)}"
         )
-    tokens = metadata.get("tokenizer.ggml.tokens", list)
+    holder = {name: file for file in files for name in file.tensors}
+    num_tokens = len(metadata.texts("tokenizer.ggml.tokens"))
+    config = _config(metadata, architecture, num_tokens, is_tied="output.weight" not in holder)
+    if config["num_hidden_layers"] > len(holder):
+        raise CheckpointError(
+            f"{metadata.path}: {architecture}.block_count is {config['num_hidden_layers']:,}, expected at most the "
+            f"{len(holder):,} tensors that there are: damaged; download it again"
+        )
+    if "rope_freqs.weight" in holder:
+        config["rope_scaling"] = _llama3_scaling(holder["rope_freqs.weight"], config)
     eos = metadata.find("tokenizer.ggml.eos_token_id", int)
-    config = _config(metadata, architecture, len(tokens), is_tied="output.weight" not in file.tensors)
-    if "rope_freqs.weight" in file.tensors:
-        config["rope_scaling"] = _llama3_scaling(file, config)
+    template = metadata.find("tokenizer.chat_template", str)
     _write(folder, "config.json", config)
     _write(folder, "generation_config.json", {} if eos is None else {"eos_token_id": eos})
-    _write(folder, "tokenizer_config.json", _tokenizer_config(metadata, tokens))
-    _tokenizer(metadata, tokens).save(str(folder / "tokenizer.json"))
+    _write(
+        folder,
+        "tokenizer_config.json",
+        special_tokens(metadata) | ({} if template is None else {"chat_template": template}),
+    )
+    tokenizer_of(metadata).save(str(folder / "tokenizer.json"))
 
 
-def _config(metadata: "_Metadata", architecture: str, vocab_size: int, is_tied: bool) -> dict[str, Any]:
+def _config(metadata: GgufMetadata, architecture: str, vocab_size: int, is_tied: bool) -> dict[str, Any]:
     """config.json."""
 
     def required(name: str, kind: type) -> Any:
@@ -152,93 +157,5 @@ def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     return LLAMA3 | {"rope_type": "llama3", "factor": factor}
 
 
-def _tokenizer_config(metadata: "_Metadata", tokens: list[str]) -> dict[str, Any]:
-    """tokenizer_config.json."""
-    config: dict[str, Any] = {}
-    template = metadata.find("tokenizer.chat_template", str)
-    if template is not None:
-        config["chat_template"] = template
-    for name, key in {"eos_token": "eos", "pad_token": "padding", "bos_token": "bos"}.items():
-        token_id = metadata.find(f"tokenizer.ggml.{key}_token_id", int)
-        if token_id is not None:
-            config[name] = _token(metadata, tokens, token_id)
-    return config
-
-
-def _tokenizer(metadata: "_Metadata", tokens: list[str]) -> Tokenizer:
-    """tokenizer.json: byte-level BPE, the one kind that these models have."""
-    model = metadata.get("tokenizer.ggml.model", str)
-    split = metadata.get("tokenizer.ggml.pre", str)
-    if model != "gpt2" or split not in SPLIT_PATTERNS:
-        raise CheckpointError(
-            f"{metadata.path}: tokenizer {shown(model)} with pre-tokenizer {shown(split)} is not supported, expected "
-            f"'gpt2' with {' or '.join(map(repr, SPLIT_PATTERNS))}"
-        )
-    kinds = metadata.get("tokenizer.ggml.token_type", list)
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", list)]
-    if len(kinds) != len(tokens) or not all(isinstance(token, str) for token in tokens):
-        raise CheckpointError(f"{metadata.path}: {len(tokens)} tokens and {len(kinds)} token types: damaged")
-    vocabulary = {token: index for index, token in enumerate(tokens) if kinds[index] != _UNUSED}
-    try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
-    except Exception as error:
-        raise CheckpointError(f"{metadata.path}: tokenizer: {' '.join(str(error).split())[:300]}") from None
-    if split == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERNS[split]), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    for kind, add in _ADDED.items():
-        add(tokenizer, [token for index, token in enumerate(tokens) if kinds[index] == kind])
-    adds_bos = metadata.find("tokenizer.ggml.add_bos_token", bool)
-    if adds_bos or (adds_bos is None and split == "llama-bpe"):
-        bos = metadata.get("tokenizer.ggml.bos_token_id", int)
-        text = _token(metadata, tokens, bos)
-        tokenizer.post_processor = processors.TemplateProcessing(single=[text, "$A"], special_tokens=[(text, bos)])
-    return tokenizer
-
-
-_ADDED: dict[int, Callable[[Tokenizer, list[str]], object]] = {
-    _CONTROL: lambda tokenizer, texts: tokenizer.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in texts]
-    ),
-    _USER_DEFINED: lambda tokenizer, texts: tokenizer.add_tokens(
-        [AddedToken(text, special=False, normalized=False) for text in texts]
-    ),
-}
-
-
-def _token(metadata: "_Metadata", tokens: list[str], token_id: int) -> str:
-    if not 0 <= token_id < len(tokens):
-        raise CheckpointError(f"{metadata.path}: names token {token_id}, expected one of {len(tokens):,}")
-    return tokens[token_id]
-
-
 def _write(folder: Path, name: str, content: dict[str, Any]) -> None:
     (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-
-
-class _Metadata:
-    """The file's metadata, by key and kind of value."""
-
-    def __init__(self, file: GgufFile) -> None:
-        self.path = file.path
-        self._values = file.metadata
-
-    def find(self, key: str, kind: type) -> Any:
-        """The value, or None if there is none."""
-        value = self._values.get(key)
-        if value is None or (type(value) is kind):
-            return value
-        raise CheckpointError(f"{self.path}: {key} is {shown(repr(value))}, expected a {kind.__name__}")
-
-    def get(self, key: str, kind: type) -> Any:
-        """The value, which must be there."""
-        value = self.find(key, kind)
-        if value is None:
-            raise CheckpointError(f"{self.path}: has no {key}: not a file with a language model, or damaged")
-        return value

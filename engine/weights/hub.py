@@ -1,5 +1,6 @@
 """From what the user calls a model to the folder that holds it."""
 
+import glob
 import os
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from engine.errors import CheckpointError
 from engine.weights.gguf_folder import gguf_folder
+from engine.weights.gguf_parts import GgufName, group_parts
 from engine.weights.messages import shown
 
 _DEMO = Path(__file__).parent / "demo"
@@ -22,8 +24,8 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 
     Args:
         model: `demo` (comes with the package), a local directory or GGUF file, or a hub id such as `Qwen/Qwen3-0.6B`.
-            Of a repository with GGUF files, `owner/name:Q8_0` is the one whose name ends so; where there is but one and
-            nothing else, `owner/name` will do. Only the files that are needed are downloaded.
+            Of a repository with GGUF files, `owner/name:Q8_0` is the one whose name ends so, with all its parts; where
+            there is but one and nothing else, `owner/name` will do. Only the files that are needed are downloaded.
             Text that looks like a path (starts with `.`, `/` or `~`, ends with `.gguf`, or has not exactly one `/`) is
             never sent to the hub.
         revision: branch, tag or commit of a hub id.
@@ -49,16 +51,16 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
 
 
 def _local_gguf(model: str) -> Path | None:
-    """The folder made from a GGUF file, or from the only one in a directory that has no config.json."""
+    """The folder made from a GGUF file, or from the only one in a directory that has no config.json; parts are one."""
     path = os.path.expanduser(model)
     if model.endswith(".gguf") and os.path.isfile(path):
         return gguf_folder(Path(path))
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        files = sorted(Path(path).glob("*.gguf"))
-        if len(files) > 1:
-            names = ", ".join(file.name for file in files[:5])
-            raise CheckpointError(f"{path}: has {len(files)} GGUF files, give the path of one: {names}")
-        return gguf_folder(files[0]) if files else None
+        models = list(group_parts(file.name for file in Path(path).glob("*.gguf")).values())
+        if len(models) > 1:
+            names = ", ".join(parts[0] for parts in models[:5])
+            raise CheckpointError(f"{path}: has {len(models)} GGUF files, give the path of one: {names}")
+        return gguf_folder(Path(path, models[0][0])) if models else None
     return None
 
 
@@ -77,11 +79,13 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         names = _names(repository, revision)
         gguf = _gguf_among(names, model, variant)
-        needed = [*_NEEDED] if gguf is None else [gguf]
-        if gguf is None and not any(fnmatch(name, "*.safetensors") for name in names):
-            needed.append(_NEEDED_WITHOUT_SAFETENSORS)
+        needed, not_needed = [glob.escape(name) for name in gguf], list[str]()
+        if not gguf:
+            needed, not_needed = list(_NEEDED), list(_NOT_NEEDED)
+            if not any(fnmatch(name, "*.safetensors") and "/" not in name for name in names):
+                needed.append(_NEEDED_WITHOUT_SAFETENSORS)
         folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=needed, ignore_patterns=list(_NOT_NEEDED))
+            snapshot_download(repository, revision=revision, allow_patterns=needed, ignore_patterns=not_needed)
         )
     except CheckpointError:
         raise
@@ -89,42 +93,45 @@ def _download(model: str, revision: str | None) -> Path:
         # The library lets errors of its HTTP, cache and transfer layers through; all of them mean "no model".
         what = f"model {shown(model)}" + (f" at revision {shown(revision)}" if revision is not None else "")
         raise CheckpointError(f"{what}: no such local directory, and {_advice(error)}") from error
-    return folder if gguf is None else gguf_folder(folder / gguf)
+    return gguf_folder(folder / gguf[0]) if gguf else folder
 
 
 def _names(repository: str, revision: str | None) -> list[str]:
-    """Files of a repository, without sub-folders, as the hub lists them; or last did, if it does not answer."""
+    """Files of a repository, as the hub lists them; or last did, if it does not answer."""
     from huggingface_hub import HfApi, errors, get_cached_repo_tree
 
     try:
         info = HfApi().model_info(repository, revision=revision or "main")
-        names = [file.rfilename for file in info.siblings or ()]
+        return [file.rfilename for file in info.siblings or ()]
     except errors.HFValidationError:
         raise
     except Exception as error:
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
             raise
         try:
-            names = [entry.path for entry in get_cached_repo_tree(repository, revision=revision)]
+            return [entry.path for entry in get_cached_repo_tree(repository, revision=revision)]
         except errors.CachedRepoTreeNotFoundError:
             raise error from None
-    return [name for name in names if "/" not in name]
 
 
-def _gguf_among(names: Sequence[str], model: str, variant: str) -> str | None:
-    """The GGUF file that is meant; None: a folder with config.json is.
+def _gguf_among(names: Sequence[str], model: str, variant: str) -> list[str]:
+    """The GGUF file that is meant, or all its parts, also in a sub-folder; none: a folder with config.json is.
 
     Raises:
-        CheckpointError: several may be meant, or none has this ending.
+        CheckpointError: several may be meant, none has this ending, or a part is missing.
     """
-    files = sorted(name for name in names if name.endswith(".gguf"))
+    files = group_parts(name for name in names if name.endswith(".gguf"))
     if not variant and (not files or "config.json" in names):
-        return None
+        return []
     endings = (f"-{variant}.gguf".lower(), f".{variant}.gguf".lower())
-    found = [name for name in files if name.lower().endswith(endings)] if variant else files
+    found = [name for name in files if name.lower().endswith(endings)] if variant else list(files)
     if len(found) == 1:
-        return found[0]
-    some = ", ".join(shown(name) for name in files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+        parts = files[found[0]]
+        wanted = GgufName.of(parts[0]).num_parts
+        if len(parts) != wanted:
+            raise CheckpointError(f"model {shown(model)}: {shown(found[0])} has {wanted} parts, {len(parts)} are there")
+        return parts
+    some = ", ".join(map(shown, list(files)[:8])) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
     raise CheckpointError(
         f"model {shown(model)}: {len(found)} GGUF files are meant, expected one of {some or 'none that are there'}: "
         "give the end of its name, as in owner/name:Q8_0"

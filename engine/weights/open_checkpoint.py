@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from engine.weights.checkpoint import Checkpoint
-from engine.weights.gguf_checkpoint import GGUF_NAME, GgufCheckpoint
+from engine.weights.gguf_checkpoint import GgufCheckpoint
+from engine.weights.gguf_parts import gguf_in
 from engine.weights.safetensors_checkpoint import SafetensorsCheckpoint
 from engine.weights.torch_checkpoint import TorchCheckpoint, has_torch_files
 
@@ -20,8 +21,9 @@ def open_checkpoint(folder: Path, dtype: torch.dtype) -> Checkpoint:
     Raises:
         CheckpointError: there are none, or they cannot be used.
     """
-    if (folder / GGUF_NAME).exists():
-        return GgufCheckpoint(folder / GGUF_NAME, dtype)
+    gguf = gguf_in(folder)
+    if gguf is not None:
+        return GgufCheckpoint(gguf, dtype)
     if has_torch_files(folder) and not any(folder.glob("*.safetensors")):
         return TorchCheckpoint(folder)
     return SafetensorsCheckpoint(folder)

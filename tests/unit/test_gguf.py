@@ -137,7 +137,7 @@ def test_what_is_not_supported_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="architecture 'mamba' is not supported, expected qwen3"):
         gguf_folder(write(tmp_path / "a.gguf", F16, architecture="mamba"))
     with pytest.raises(
-        CheckpointError, match="pre-tokenizer 'chameleon' is not supported, expected 'gpt2' with 'qwen2'"
+        CheckpointError, match="pre-tokenizer 'chameleon' is not supported, expected 'llama', or 'gpt2' with 'qwen2'"
     ):
         gguf_folder(write(tmp_path / "b.gguf", F16, pre="chameleon"))
     with pytest.raises(CheckpointError, match="not an existing directory"):

@@ -95,7 +95,7 @@ def test_rounding_while_loading_replaces_blocks(tmp_path):
 
 def test_a_scale_that_is_not_a_number_is_named(tmp_path):
     path, _ = write(tmp_path, "qwen2", KINDS["Q8_0"])
-    offset = GgufCheckpoint(path, torch.float32)._found[f"{LAYER}mlp.down_proj.weight"].offset
+    offset = GgufCheckpoint(path, torch.float32)._found[f"{LAYER}mlp.down_proj.weight"].tensor.offset
     with path.open("r+b") as file:
         file.seek(offset + 34)
         file.write(np.float16("nan").tobytes())
