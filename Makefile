@@ -78,11 +78,11 @@ $(VENV)/load-ready: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[load]'
 	touch $@
 
-# On a machine with a GPU: torch ≥ 2.11, triton ≥ 3.6 and this project's small dependencies in PYTHON.
-# PART=kernels|golden|engine|peers runs a part. Results go to $$OUT, or loadtest/results/<gpu>/.
+# On a machine with a GPU: torch ≥ 2.11, triton ≥ 3.6 and this project's small dependencies in PYTHON: docs/benchmarks.md.
+# PART=kernels|golden|engine|tests|peers runs a part, in under ten minutes. Results go to $$OUT, or
+# loadtest/results/<gpu>/, row by row.
 gpu:
-	$(PYTHON) -m pytest tests/gpu -q
-	$(PYTHON) -m loadtest.gpu $(PART)
+	PYTHONUNBUFFERED=1 $(PYTHON) -m loadtest.gpu $(PART)
 
 clean:
 	rm -rf $(VENV)

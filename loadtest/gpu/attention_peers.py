@@ -1,5 +1,6 @@
 """What other libraries have for attention, on the same keys and values: torch, flash-attn and FlashInfer."""
 
+import inspect
 from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import accumulate
@@ -31,7 +32,9 @@ def packed_peers(query: Tensor, keys: Tensor, values: Tensor, query_lens: list[i
         def varlen() -> Tensor:
             from torch.nn.attention.varlen import varlen_attn
 
-            return varlen_attn(*arguments, window_size=(-1, 0), enable_gqa=True)
+            # Torch 2.11 has no such parameter, and takes fewer KV heads without it.
+            options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+            return varlen_attn(*arguments, window_size=(-1, 0), **options)
 
         peers["torch varlen_attn"] = varlen
     if find_spec("flash_attn") is not None:
@@ -64,6 +67,19 @@ def paged_decode_peers(query: Tensor, keys: Tensor, values: Tensor, block_table:
     """
     if find_spec("flashinfer") is None:
         return {}
+    prepared: list[Callable[[], Tensor]] = []
+
+    def run() -> Tensor:
+        if not prepared:  # here, where it may fail
+            prepared.append(_flashinfer(query, keys, values, block_table, lens))
+        return prepared[0]()
+
+    return {"FlashInfer": run}
+
+
+def _flashinfer(
+    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, lens: list[int]
+) -> Callable[[], Tensor]:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     block_size = keys.shape[1]
@@ -76,4 +92,4 @@ def paged_decode_peers(query: Tensor, keys: Tensor, values: Tensor, block_table:
     wrapper.plan(
         starts, indices, last, query.shape[1], keys.shape[2], keys.shape[3], block_size, q_data_type=query.dtype
     )
-    return {"FlashInfer": lambda: wrapper.run(query, (keys, values))}
+    return lambda: wrapper.run(query, (keys, values))

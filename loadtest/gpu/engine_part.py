@@ -3,6 +3,7 @@
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from engine import LLM, EngineRequest, SamplingParams
-from loadtest.gpu.models import QWEN3_0_6B, QWEN3_8B, Shape, close, make_llm
+from loadtest.gpu.models import QWEN3_0_6B, QWEN3_8B, Shape, make_llm
+from loadtest.gpu.results import Group, Record, Row, attempt
 
-Row = dict[str, Any]
 FP8 = "FP8 weights and KV cache"
 VARIANTS: dict[str, dict[str, Any]] = {
     "no overlap": {"overlap_steps": False},
@@ -46,35 +47,45 @@ class Workload:
         return prompts, [random.randint(shortest, self.longest) for _ in range(self.num_sequences)]
 
 
-def run(surroundings: dict[str, Any]) -> dict[str, Any]:
-    """All measurements on a GPU."""
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for shape, streams in ((QWEN3_0_6B, (1, 8, 32, 128, 256)), (QWEN3_8B, (1, 32, 128))):
-            rows += measure_variant(shape, folder, "", streams, surroundings, max_model_len=16_384)
-        for variant, config in VARIANTS.items():
-            rows += measure_variant(QWEN3_0_6B, folder, variant, (1, 128, 256), surroundings, **config)
-        rows += measure_variant(QWEN3_8B, folder, FP8, (1, 32, 128), surroundings, **VARIANTS[FP8])
-    return {"rows": rows}
+def groups() -> dict[str, Group]:
+    """One engine each: plain ones first, then what graphs, overlapped steps and FP8 are worth."""
+    long = {"max_model_len": 16_384}
+    found: dict[str, Group] = {
+        QWEN3_0_6B.name: partial(measure_variant, QWEN3_0_6B, "", (1, 8, 32, 128, 256), config=long),
+        QWEN3_8B.name: partial(measure_variant, QWEN3_8B, "", (1, 32, 128), config=long),
+    }
+    variants = [(QWEN3_0_6B, variant, (1, 128, 256)) for variant in VARIANTS] + [(QWEN3_8B, FP8, (1, 32, 128))]
+    for shape, variant, streams in variants:
+        measure = partial(measure_variant, shape, variant, streams, config=VARIANTS[variant])
+        found[f"{shape.name}, {variant}"] = measure
+    return found
 
 
 def measure_variant(
     shape: Shape,
-    folder: Path,
     variant: str,
     streams: tuple[int, ...],
     surroundings: dict[str, Any],
+    record: Record,
     workload: Workload | None = None,
-    **config: Any,
-) -> list[Row]:
+    config: dict[str, Any] | None = None,
+) -> None:
     """Rows of one model under one configuration."""
-    llm = make_llm(shape, folder / shape.name, **({"max_model_len": 4096} | config))
-    rows = [
-        row | {"variant": variant} for row in Measure(llm, shape, surroundings).rows(streams, workload or Workload())
-    ]
-    close(llm)
-    return rows
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        llm = make_llm(shape, Path(folder), **({"max_model_len": 4096} | (config or {})))
+        what = {"model": shape.name, "variant": variant}
+        record(what | {"what": "start, kernels compiled where they are new", "seconds": time.perf_counter() - start})
+        for name, measure in Measure(llm, shape, surroundings).all(streams, workload or Workload()).items():
+            attempt(record, what | {"what": name}, partial(_shown, shape.name, name, measure))
+
+
+def _shown(model: str, what: str, measure: Callable[[], Row]) -> Row:
+    """What is measured, printed too."""
+    row = measure()
+    tokens_per_s, limit = row["tokens_per_s"], row["limit_tokens_per_s"]
+    print(f"{model:12} {what:40} {tokens_per_s:12,.0f} tok/s  {row['share']:6.1%} of {limit:,.0f}", flush=True)
+    return row
 
 
 class Measure:
@@ -93,26 +104,27 @@ class Measure:
             fp8_cache=config.kv_cache_dtype == "fp8",
         )
 
-    def rows(self, streams: tuple[int, ...], workload: Workload) -> list[Row]:
-        """Decode at several numbers of streams, nano-vllm's workload, and prefill."""
-        context, length = workload.context, workload.num_decoded
-        rows = []
-        for count in streams:
-            step_s = decode_step_s(self.llm, count, context, length)
-            floor = self.floor_s(count, context + length / 2)
-            what = f"decode, {count} streams, context {context}-{context + length}"
-            rows.append(self._row(what, count / step_s, count / floor, step_s))
-        num_tokens, seconds, floor = self.nano_workload(workload)
-        rows.append(self._row("nano-vllm's workload", num_tokens / seconds, num_tokens / floor, seconds))
-        for length in workload.prompts:
-            if length < self.llm.engine.max_model_len:
-                seconds = prefill_s(self.llm, length)
-                floor = self.shape.prefill_floor_s(length, self.rate)
-                rows.append(self._row(f"prefill, {length} tokens", length / seconds, length / floor, seconds))
-        return rows
+    def all(self, streams: tuple[int, ...], workload: Workload) -> dict[str, Callable[[], Row]]:
+        """Decode at several numbers of streams, nano-vllm's workload, and prefill, by name."""
+        span = f"context {workload.context}-{workload.context + workload.num_decoded}"
+        found: dict[str, Callable[[], Row]] = {
+            f"decode, {count} streams, {span}": partial(self.decode, count, workload) for count in streams
+        }
+        found["nano-vllm's workload"] = partial(self.nano_workload, workload)
+        lengths = [length for length in workload.prompts if length < self.llm.engine.max_model_len]
+        return found | {f"prefill, {length} tokens": partial(self.prefill, length) for length in lengths}
 
-    def nano_workload(self, workload: Workload) -> tuple[int, float, float]:
-        """nano-vllm's bench.py. Returns tokens, seconds, and how many seconds they take at least."""
+    def decode(self, count: int, workload: Workload) -> Row:
+        """Steps of one token for each of `count` streams."""
+        step_s = decode_step_s(self.llm, count, workload.context, workload.num_decoded)
+        return _row(count, step_s, self.floor_s(count, workload.context + workload.num_decoded / 2))
+
+    def prefill(self, length: int) -> Row:
+        """A prompt alone, to its first token."""
+        return _row(length, prefill_s(self.llm, length), self.shape.prefill_floor_s(length, self.rate))
+
+    def nano_workload(self, workload: Workload) -> Row:
+        """nano-vllm's bench.py."""
         prompts, counts = workload.nano(self.llm.engine.vocab_size)
         params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=count) for count in counts]
         self.llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))
@@ -127,19 +139,16 @@ class Measure:
             running = [len(own) + position for own, count in zip(prompts, counts, strict=True) if count > position]
             if running:
                 floor += self.floor_s(len(running), sum(running) / len(running))
-        return num_tokens, seconds, floor
+        return _row(num_tokens, seconds, floor)
 
-    def _row(self, what: str, tokens_per_s: float, limit: float, seconds: float) -> Row:
-        share = tokens_per_s / limit
-        print(f"{self.shape.name:12} {what:40} {tokens_per_s:12,.0f} tok/s  {share:6.1%} of {limit:,.0f}", flush=True)
-        return {
-            "model": self.shape.name,
-            "what": what,
-            "tokens_per_s": tokens_per_s,
-            "limit_tokens_per_s": limit,
-            "share": share,
-            "seconds": seconds,
-        }
+
+def _row(num_tokens: int, seconds: float, floor_s: float) -> Row:
+    return {
+        "tokens_per_s": num_tokens / seconds,
+        "limit_tokens_per_s": num_tokens / floor_s,
+        "share": floor_s / seconds,
+        "seconds": seconds,
+    }
 
 
 def decode_step_s(llm: LLM, count: int, context: int, num_tokens: int) -> float:

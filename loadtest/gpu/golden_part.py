@@ -8,7 +8,9 @@ that follows it. How many requests have the very tokens of eager steps is report
 
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from engine import LLM, SamplingParams
+from loadtest.gpu.layer_cases import has_fp8
 from loadtest.gpu.models import close, copy_tokenizer
+from loadtest.gpu.results import Group, Record, Row, attempt
 
 Tokens = list[list[int]]
 VOCAB = 1126  # of the tokenizer that comes along
@@ -34,29 +38,73 @@ LEAST_EQUAL = 0.9
 """Share of requests with sampled tokens that must be equal in all ways; the others met a tie."""
 
 
-def run(surroundings: dict[str, Any], device: str = "cuda", num_prompts: int = 16, num_tokens: int = 48) -> dict:
-    """All comparisons; raises on a wrong token."""
+@dataclass(frozen=True)
+class Size:
+    """How much is compared, and where."""
+
+    device: str = "cuda"
+    num_prompts: int = 16
+    num_tokens: int = 48
+
+    def prompts(self) -> Tokens:
+        generator = random.Random(1)
+        lengths = (generator.randrange(1, 300) for _ in range(self.num_prompts))
+        return [[generator.randrange(VOCAB) for _ in range(length)] for length in lengths]
+
+
+def groups(size: Size | None = None) -> dict[str, Group]:
+    """Greedy tokens in each dtype, and sampled ones."""
+    comparisons = {"greedy, float32": compare_float32, "greedy, bfloat16": compare_bfloat16, "sampled": compare_sampled}
+    return {name: partial(_with_checkpoint, compare, size or Size()) for name, compare in comparisons.items()}
+
+
+def _with_checkpoint(
+    compare: Callable[[Path, Size, Record], None], size: Size, surroundings: dict[str, Any], record: Record
+) -> None:
     del surroundings
-    generator = random.Random(1)
-    prompts = [[generator.randrange(VOCAB) for _ in range(generator.randrange(1, 300))] for _ in range(num_prompts)]
-    greedy = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    found: dict[str, Any] = {}
+
+    def record_and_print(row: Row) -> None:
+        print(", ".join(f"{key}: {value}" for key, value in row.items() if key != "traceback"), flush=True)
+        record(row)
+
     with tempfile.TemporaryDirectory() as name:
-        folder = write_checkpoint(Path(name))
-        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-        outputs = {way: _generate(folder, prompts, greedy, device, dtype="float32", **WAYS[way]) for way in WAYS}
-        for way, tokens in outputs.items():
-            found[f"float32, {way}"] = {
-                "largest gap": check(reference, prompts, tokens, MARGINS["float32"], way),
-                "requests equal to eager": _num_equal(tokens, outputs["eager"]),
-            }
-        for way, config in (("bfloat16", {}), ("bfloat16, FP8 KV cache", {"kv_cache_dtype": "fp8"})):
-            tokens = _generate(folder, prompts, greedy, device, dtype="bfloat16", **config)
-            found[way] = {"largest gap": check(reference, prompts, tokens, MARGINS[way], way)}
-        found["sampled"] = compare_sampled(folder, prompts, num_tokens, device)
-    for comparison, result in found.items():
-        print(f"{comparison:32} {result}", flush=True)
-    return {"margins": MARGINS, "num_prompts": num_prompts, "golden": found}
+        compare(write_checkpoint(Path(name)), size, record_and_print)
+
+
+def compare_float32(folder: Path, size: Size, record: Record) -> None:
+    """Every way against transformers, and against eager steps."""
+    reference, prompts, greedy = _reference(folder, size), size.prompts(), _greedy(size)
+    eager: Tokens = []
+
+    def measure(way: str) -> Row:
+        tokens = _generate(folder, prompts, greedy, size.device, dtype="float32", **WAYS[way])
+        eager[:] = eager or tokens  # the first of the ways
+        gap = check(reference, prompts, tokens, MARGINS["float32"], way)
+        return {"largest gap": gap, "margin": MARGINS["float32"], "requests equal to eager": _num_equal(tokens, eager)}
+
+    for way in WAYS:
+        attempt(record, {"way": f"float32, {way}", "requests": len(prompts)}, partial(measure, way))
+
+
+def compare_bfloat16(folder: Path, size: Size, record: Record) -> None:
+    """With a KV cache of bfloat16 and, where the GPU has it, of FP8."""
+    reference, prompts, greedy = _reference(folder, size), size.prompts(), _greedy(size)
+
+    def measure(way: str, config: dict[str, Any]) -> Row:
+        tokens = _generate(folder, prompts, greedy, size.device, dtype="bfloat16", **config)
+        return {"largest gap": check(reference, prompts, tokens, MARGINS[way], way), "margin": MARGINS[way]}
+
+    ways: tuple[dict[str, Any], ...] = ({}, {"kv_cache_dtype": "fp8"})
+    for way, config in zip(("bfloat16", "bfloat16, FP8 KV cache")[: 1 + has_fp8(size.device)], ways, strict=False):
+        attempt(record, {"way": way, "requests": len(prompts)}, partial(measure, way, config))
+
+
+def _reference(folder: Path, size: Size) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(size.device).eval()
+
+
+def _greedy(size: Size) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=size.num_tokens, ignore_eos=True)
 
 
 def write_checkpoint(folder: Path) -> Path:
@@ -103,12 +151,9 @@ def check(reference: PreTrainedModel, prompts: Tokens, outputs: Tokens, margin: 
     return largest
 
 
-def compare_sampled(folder: Path, prompts: Tokens, num_tokens: int, device: str) -> dict[str, int]:
-    """How many requests of mixed parameters get the tokens that eager steps give them, in each way.
-
-    Raises:
-        AssertionError: fewer than LEAST_EQUAL of them.
-    """
+def compare_sampled(folder: Path, size: Size, record: Record) -> None:
+    """How many requests of mixed parameters get the tokens that eager steps give them, in each way."""
+    prompts = size.prompts()
     varied: list[dict[str, Any]] = [
         {"temperature": 0.7, "top_p": 0.9},
         {"temperature": 1.0, "top_k": 50},
@@ -117,18 +162,31 @@ def compare_sampled(folder: Path, prompts: Tokens, num_tokens: int, device: str)
         {"temperature": 0.8, "repetition_penalty": 1.1},
         {"temperature": 0.8, "top_k": 600, "logprobs": 2},
     ]
-    found = {}
     for what, kinds in (("plain", varied[:4]), ("some edited", varied)):
         params = [
-            SamplingParams(seed=index, max_tokens=num_tokens, ignore_eos=True, **kinds[index % len(kinds)])
+            SamplingParams(seed=index, max_tokens=size.num_tokens, ignore_eos=True, **kinds[index % len(kinds)])
             for index in range(len(prompts))
         ]
-        outputs = {way: _generate(folder, prompts, params, device, dtype="float32", **WAYS[way]) for way in WAYS}
-        for way, tokens in outputs.items():
-            num_equal = found[f"{what}, {way}"] = _num_equal(tokens, outputs["eager"])
-            if num_equal < LEAST_EQUAL * len(prompts):
-                raise AssertionError(f"{num_equal} of {len(prompts)} sampled requests ({what}) equal eager in: {way}")
-    return found
+        eager: Tokens = []
+        for way in WAYS:
+            measure = partial(_equal_to_eager, folder, prompts, params, size.device, way, eager)
+            attempt(record, {"way": f"sampled, {what}, {way}", "requests": len(prompts)}, measure)
+
+
+def _equal_to_eager(
+    folder: Path, prompts: Tokens, params: list[SamplingParams], device: str, way: str, eager: Tokens
+) -> Row:
+    """How many requests equal those in `eager`, where the first way's are put.
+
+    Raises:
+        AssertionError: fewer than LEAST_EQUAL of them.
+    """
+    tokens = _generate(folder, prompts, params, device, dtype="float32", **WAYS[way])
+    eager[:] = eager or tokens
+    num_equal = _num_equal(tokens, eager)
+    if num_equal < LEAST_EQUAL * len(prompts):
+        raise AssertionError(f"{num_equal} of {len(prompts)} requests have the tokens of eager steps")
+    return {"requests equal to eager": num_equal}
 
 
 def _generate(

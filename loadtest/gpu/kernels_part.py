@@ -1,5 +1,7 @@
 """Each kernel on real shapes: right against float32, then timed beside others' and the ceilings."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,24 +13,35 @@ from kernels.paged_decode import decode_scratch, paged_decode
 from loadtest.gpu.attention_peers import Peers, dense_peers, packed_peers, paged_decode_peers
 from loadtest.gpu.cases import Case, randn
 from loadtest.gpu.ceilings import median_s
-from loadtest.gpu.layer_cases import FLOAT8, Sizes, layer_cases
+from loadtest.gpu.layer_cases import FLOAT8, LAYER_CASES, Sizes, has_fp8
+from loadtest.gpu.results import Group, Record, Row, attempt
 
-Row = dict[str, Any]
 DECODE_LENGTHS = ([512], [1024] * 64, [1024] * 256, [131_072] + [1024] * 31)
 PROMPT_LENGTHS = (1024, 8192)
 
 
-def run(surroundings: dict[str, Any]) -> dict[str, Any]:
-    """All cases on a GPU; raises on a wrong result."""
-    cases = layer_cases(Sizes(), "cuda")
-    rows = [measure(case, surroundings) for case in cases]
-    cases.clear()
-    cases = [*decode_cases(DECODE_LENGTHS, "cuda"), *prefill_cases(PROMPT_LENGTHS, "cuda")]
-    return {"rows": rows + [measure(case, surroundings) for case in cases]}
+def groups() -> dict[str, Group]:
+    """The cases of a GPU, attention first."""
+    makers: dict[str, Callable[[], list[Case]]] = {
+        "decode attention": partial(decode_cases, DECODE_LENGTHS, "cuda"),
+        "prompt attention": partial(prefill_cases, PROMPT_LENGTHS, "cuda"),
+    }
+    makers |= {name: partial(make, Sizes(), "cuda") for name, make in LAYER_CASES.items()}
+    return {name: partial(measure_all, make) for name, make in makers.items()}
+
+
+def measure_all(make_cases: Callable[[], list[Case]], surroundings: dict[str, Any], record: Record) -> None:
+    """A row for each case; one that is wrong leaves the others theirs."""
+    for case in make_cases():
+        attempt(record, {"kernel": case.name}, partial(measure, case, surroundings))
 
 
 def measure(case: Case, surroundings: dict[str, Any]) -> Row:
-    """Check a case, then time it, and what others have for it. Theirs may fail: that is no error of ours."""
+    """Check a case, then time it, and what others have for it. Theirs may fail: that is no error of ours.
+
+    Raises:
+        AssertionError: the result is wrong.
+    """
     error = case.check()
     seconds = median_s(case.run)
     peers: dict[str, float | str] = {}
@@ -41,7 +54,6 @@ def measure(case: Case, surroundings: dict[str, Any]) -> Row:
     beside = "".join(f"  {name} {s * 1e6:9.1f} µs" for name, s in peers.items() if isinstance(s, float))
     print(f"{case.name:64} {seconds * 1e6:9.1f} µs  {floor / seconds:6.1%} of the floor{beside}", flush=True)
     return {
-        "kernel": case.name,
         "error": error,
         "seconds": seconds,
         "floor_s": floor,
@@ -52,9 +64,9 @@ def measure(case: Case, surroundings: dict[str, Any]) -> Row:
 
 def decode_cases(lengths: tuple[list[int], ...], device: str) -> list[Case]:
     """paged_decode: even batches, and one long request among short ones."""
-    has_fp8 = device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
     cases = []
-    for heads, kv_heads, dtype in ((16, 8, torch.bfloat16), (32, 8, torch.bfloat16), (16, 8, FLOAT8))[: 2 + has_fp8]:
+    kinds = ((16, 8, torch.bfloat16), (32, 8, torch.bfloat16), (16, 8, FLOAT8))
+    for heads, kv_heads, dtype in kinds[: 2 + has_fp8(device)]:
         for lens in lengths:
             cache = _Cache(lens, kv_heads, dtype, device)
             query = randn(len(lens), heads, 128, device=device)

@@ -48,13 +48,9 @@ class Sizes:
     """hidden_size, intermediate_size, number of experts."""
 
 
-def layer_cases(sizes: Sizes, device: str) -> list[Case]:
-    """All of this file; those in FP8 only where the device has it."""
-    has_fp8 = device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
-    cases = [*norm_cases(sizes, device), *sample_cases(sizes, device), *moe_cases(sizes, device)]
-    cases += store_cases(sizes, device, has_fp8)
-    cases += product_cases(sizes, device, has_fp8)
-    return cases
+def has_fp8(device: str) -> bool:
+    """Whether it computes with float8_e4m3fn."""
+    return device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
 
 
 def norm_cases(sizes: Sizes, device: str) -> list[Case]:
@@ -89,9 +85,9 @@ def norm_cases(sizes: Sizes, device: str) -> list[Case]:
     return cases
 
 
-def store_cases(sizes: Sizes, device: str, has_fp8: bool) -> list[Case]:
+def store_cases(sizes: Sizes, device: str) -> list[Case]:
     """qk_norm_rope_store, with both kinds of caches."""
-    dtypes = (torch.bfloat16, FLOAT8)[: 1 + has_fp8]
+    dtypes = (torch.bfloat16, FLOAT8)[: 1 + has_fp8(device)]
     return [_store_case(sizes, num_tokens, dtype, device) for num_tokens in sizes.tokens for dtype in dtypes]
 
 
@@ -180,7 +176,7 @@ def _penalty_case(sizes: Sizes, device: str) -> Case:
     )
 
 
-def product_cases(sizes: Sizes, device: str, has_fp8: bool) -> list[Case]:
+def product_cases(sizes: Sizes, device: str) -> list[Case]:
     """Quantized linear layers at few rows and, in FP8, at many."""
     weight = randn(2 * sizes.inner, sizes.hidden, device=device) / sizes.hidden**0.5
     few, many = (randn(count, sizes.hidden, device=device) for count in (sizes.few_rows, sizes.tokens[-1]))
@@ -191,7 +187,7 @@ def product_cases(sizes: Sizes, device: str, has_fp8: bool) -> list[Case]:
             "weight_only_mm int4", weight_only_mm, few, int4, dequantize_int4_group(*int4, sizes.hidden, few.dtype)
         ),
     ]
-    if has_fp8:
+    if has_fp8(device):
         by_channel, by_block = quantize_fp8_per_channel(weight), quantize_fp8_block(weight)
         full = dequantize_per_channel(*by_channel, few.dtype)
         cases.append(_product_case("weight_only_mm fp8", weight_only_mm, few, by_channel, full))
@@ -237,3 +233,13 @@ def moe_cases(sizes: Sizes, device: str) -> list[Case]:
             )
         )
     return cases
+
+
+LAYER_CASES: dict[str, Callable[[Sizes, str], list[Case]]] = {
+    "norms": norm_cases,
+    "keys and values": store_cases,
+    "sampling": sample_cases,
+    "quantized products": product_cases,
+    "experts": moe_cases,
+}
+"""All of this file, by name."""

@@ -106,11 +106,6 @@ def make_llm(shape: Shape, folder: Path, **config: object) -> LLM:
 def close(llm: LLM) -> None:
     """Give the engine's memory back."""
     del llm.engine
-    free_memory()
-
-
-def free_memory() -> None:
-    """Give the GPU memory of dropped objects back."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

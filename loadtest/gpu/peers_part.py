@@ -3,9 +3,9 @@
 import random
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,52 +14,51 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from loadtest.gpu.engine_part import Workload
-from loadtest.gpu.models import QWEN3_0_6B, Shape, free_memory, write_folder
+from loadtest.gpu.models import QWEN3_0_6B, Shape, write_folder
+from loadtest.gpu.results import Group, Record, Row, attempt
 
-Row = dict[str, Any]
 Generate = Callable[[list[list[int]], list[int]], object]
 """Completes prompts with so many tokens each, and returns when all are done."""
 TEMPERATURE = 0.6
 
 
-def run(surroundings: dict[str, Any]) -> dict[str, Any]:
-    """One row for each peer and workload. A peer that is not there or fails says so: that is no error of ours."""
+def groups() -> dict[str, Group]:
+    """A group for each peer."""
+    return {name: partial(measure, name, QWEN3_0_6B, "cuda", (1, 32, 128), Workload()) for name in PEERS}
+
+
+def measure(
+    name: str,
+    shape: Shape,
+    device: str,
+    streams: tuple[int, ...],
+    workload: Workload,
+    surroundings: dict[str, Any],
+    record: Record,
+) -> None:
+    """Rows of one peer. One that is not there or fails says so: that is no error of ours."""
     del surroundings
-    with tempfile.TemporaryDirectory() as name:
-        return {"rows": measure(QWEN3_0_6B, Path(name), "cuda", (1, 32, 128), Workload())}
+    package = name.split(maxsplit=1)[0]
+    if find_spec(package) is None:
+        record({"peer": name, "skipped": f"{package} is not installed"})
+        return
+    with tempfile.TemporaryDirectory() as folder, PEERS[name](write_folder(shape, Path(folder)), device) as generate:
+        generate([[1, 2, 3]], [4])
+        for what, prompts, counts in _workloads(shape, streams, workload):
+            attempt(record, {"peer": name, "what": what}, partial(_timed, name, what, generate, prompts, counts))
 
 
-def measure(shape: Shape, folder: Path, device: str, streams: tuple[int, ...], workload: Workload) -> list[Row]:
-    """Rows of all peers."""
-    path = write_folder(shape, folder)
-    rows: list[Row] = []
-    for name, open_peer in PEERS.items():
-        package = name.split()[0]
-        if find_spec(package) is None:
-            rows.append({"peer": name, "skipped": f"{package} is not installed"})
-            continue
-        try:
-            with open_peer(path, device) as generate:
-                rows += _rows(name, generate, shape, streams, workload)
-        except Exception:
-            traceback.print_exc()
-            rows.append({"peer": name, "failed": traceback.format_exc()})
-        free_memory()
-    return rows
-
-
-def _rows(name: str, generate: Generate, shape: Shape, streams: tuple[int, ...], workload: Workload) -> list[Row]:
-    """Streams of equal length, prompts included, and nano-vllm's workload."""
-    generate([[1, 2, 3]], [4])
-    rows = []
+def _workloads(
+    shape: Shape, streams: tuple[int, ...], workload: Workload
+) -> Iterator[tuple[str, list[list[int]], list[int]]]:
+    """Streams of equal length, prompts included, and nano-vllm's workload: names, prompts, how many tokens each."""
     for count in streams:
         generator = random.Random(count)
         prompts = [[generator.randrange(shape.vocab) for _ in range(workload.context)] for _ in range(count)]
         end = workload.context + workload.num_decoded
         what = f"decode, {count} streams, context {workload.context}-{end}, prefill included"
-        rows.append(_timed(name, what, generate, prompts, [workload.num_decoded] * count))
-    rows.append(_timed(name, "nano-vllm's workload", generate, *workload.nano(shape.vocab)))
-    return rows
+        yield what, prompts, [workload.num_decoded] * count
+    yield "nano-vllm's workload", *workload.nano(shape.vocab)
 
 
 def _timed(name: str, what: str, generate: Generate, prompts: list[list[int]], counts: list[int]) -> Row:
@@ -67,7 +66,7 @@ def _timed(name: str, what: str, generate: Generate, prompts: list[list[int]], c
     generate(prompts, counts)
     seconds = time.perf_counter() - start
     print(f"{name:32} {what:64} {sum(counts) / seconds:12,.0f} tok/s", flush=True)
-    return {"peer": name, "what": what, "tokens_per_s": sum(counts) / seconds, "seconds": seconds}
+    return {"tokens_per_s": sum(counts) / seconds, "seconds": seconds}
 
 
 def _random_model(path: Path, device: str) -> PreTrainedModel:
