@@ -11,7 +11,7 @@ import torch
 
 from engine.errors import CheckpointError
 from engine.weights.checkpoint import TensorInfo
-from engine.weights.gguf_file import GgufFile, GgufTensor
+from engine.weights.gguf_file import MAX_TENSORS, GgufFile, GgufTensor
 from engine.weights.gguf_parts import read_parts
 from engine.weights.messages import shown
 
@@ -81,6 +81,10 @@ class GgufCheckpoint:
                 for name, part in _by_name(file.path, gguf_name, tensor):
                     self._found[name] = _Found(file.path, data, part)
                     self.tensors[name] = TensorInfo(file.path.name, part.shape, _PLAIN.get(part.type_id, dtype))
+                if len(self.tensors) > MAX_TENSORS:
+                    raise CheckpointError(
+                        f"{file.path}: has more than {MAX_TENSORS:,} tensors, those of each expert counted: damaged"
+                    )
 
     def type_of(self, name: str) -> int:
         """ggml's number of the type that a tensor has in the file."""
