@@ -23,8 +23,8 @@ def draw(comparisons: list[dict[str, Any]], path: Path) -> None:
 
 def _draw_over_time(axes: Axes, comparison: dict[str, Any]) -> None:
     for name, result in comparison["shown"].items():
-        if "no dearer" not in name:
-            axes.plot([second / 60 for second in range(len(result.replay.running))], result.replay.running, label=name)
+        if "no dearer" not in name and "foresight" not in name:
+            axes.plot([second / 60 for second in range(len(result.running))], result.running, label=name)
     axes.set(title=comparison["title"], xlabel="minutes", ylabel="replicas that take requests")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small", loc="upper left")
@@ -45,14 +45,15 @@ def _draw_over_time(axes: Axes, comparison: dict[str, Any]) -> None:
 
 def _draw_trade(axes: Axes, comparison: dict[str, Any]) -> None:
     for name, results, mark in (
-        ("Serve's default, swept", comparison["swept"], "."),
-        ("fixed fleets", comparison["fleets"], "x"),
+        ("foresight, swept", comparison["foresight"], "+"),
+        ("Serve's default, swept", comparison["Serve's default"], "."),
+        ("fixed fleets", comparison["fixed fleet"], "x"),
         ("QueueAndKvPolicy", [comparison["ours"]], "*"),
     ):
         size = 150 if mark == "*" else 25
         hours = [result.hours for result in results]
         axes.scatter(hours, [100 * result.attainment for result in results], marker=mark, s=size, label=name)
-    best = max(comparison["ours"].attainment, *(result.attainment for result in comparison["swept"]))
+    best = max(comparison["ours"].attainment, *(each.attainment for each in comparison["Serve's default"]))
     axes.set(xlabel="replica-hours", ylabel="% of requests within the SLO", ylim=(100 * best - 25, 100 * best + 2))
     axes.set_xlim(0, 2.5 * comparison["ours"].hours)
     axes.legend(fontsize="small", loc="lower right")

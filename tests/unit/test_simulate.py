@@ -9,6 +9,7 @@ from ray.serve.config import AutoscalingConfig
 
 from cluster import simulate
 from cluster.simulation.fleet import Autoscaler, Fleet, Slo
+from cluster.simulation.foresight import Foresight, least_hours
 from cluster.simulation.replica import ModelledReplica, Outcome, ReplicaSpeed
 from cluster.simulation.trace import (
     Arrival,
@@ -123,8 +124,8 @@ def test_attainment_counts_both_first_token_and_the_rest():
 
 def test_this_policy_is_cheaper_than_a_fixed_fleet_that_serves_as_well():
     trace = synthetic_trace(lambda time_s: 10.0 if 300 < time_s < 450 else 2.0, 900.0)
-    ours = simulate.queue_and_kv(trace)
-    fixed = simulate.cheapest([simulate.fixed_fleet(trace, number) for number in (2, 3, 4)], ours.attainment)
+    ours = simulate.queue_and_kv().run([trace])
+    fixed = simulate.cheapest([simulate.fixed_fleet(number).run([trace]) for number in (2, 3, 4)], ours.attainment)
     assert fixed is not None and ours.hours < fixed.hours
     assert ours.attainment > 0.7
 
@@ -135,17 +136,35 @@ def test_a_comparison_is_a_table_and_a_picture(tmp_path: Path):
 
     lines: list[str] = []
     sweep = {"target_ongoing_requests": (16.0,), "look_back_period_s": (3.0,)}
-    trace = synthetic_trace(lambda time_s: 1.0, 60.0)
-    draw([simulate.compare("Quiet", trace, sweep, lines.append)], tmp_path / "plot.svg")
+    traces = [synthetic_trace(lambda time_s: 1.0, 60.0, seed) for seed in range(2)]
+    draw([simulate.compare("Quiet", traces, sweep, lines.append)], tmp_path / "plot.svg")
     assert any(line.startswith("| QueueAndKvPolicy | defaults |") for line in lines)
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     assert "</svg>" in (tmp_path / "plot.svg").read_text()
 
 
 def test_reaction_counts_from_the_step():
-    replay = fleet(target=2).replay(BURST)
-    asked_s, late_s = simulate.reaction_s(replay, 10.0)
+    result = simulate.Contender("burst", lambda _: fleet(target=2)).run([BURST])
+    asked_s, late_s = simulate.reaction_s(result, 10.0)
     assert 0 <= asked_s <= 3 and 0 < late_s < 1
+
+
+def test_cost_is_interpolated_between_what_nothing_else_beats():
+    def result(hours: float, attainment: float) -> simulate.Result:
+        return simulate.Result(simulate.fixed_fleet(1), attainment, hours, 0.0, [], [], 0.0)
+
+    results = [result(8, 0.9), result(4, 0.5), result(6, 0.45), result(10, 0.9)]
+    assert simulate.interpolated_hours(results, 0.7) == pytest.approx(6)
+    assert simulate.interpolated_hours(results, 0.95) is simulate.interpolated_hours(results, 0.4) is None
+
+
+def test_foresight_has_replicas_ready_when_load_comes_and_uses_no_less_than_it_takes():
+    trace = [Arrival(100 + each / 20, 50, 2) for each in range(1200)]  # one second of prompts a second
+    config = AutoscalingConfig(min_replicas=1, max_replicas=4, upscale_delay_s=0, downscale_delay_s=0)
+    replay = Fleet(SPEED, Autoscaler(Foresight(trace, SPEED, 0.5, 10), config), 1).replay(trace)
+    assert replay.running[60] == 1 and replay.running[106] == 3 and replay.targets[-1] < 3
+    assert least_hours(trace, SPEED) == pytest.approx(1200 * (0.05 + 2 * 0.006) / 3600)
+    assert least_hours(trace, SPEED) < replay.replica_hours
 
 
 def test_synthetic_traces_have_the_statistics_they_claim():
