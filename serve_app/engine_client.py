@@ -34,6 +34,8 @@ ROUTING_TIMEOUT_S = 5.0
 """How long a replica may take to say that it has a request; longer means that there is none."""
 LINGER_S = 5.0
 """How long a call may take to end after its request has."""
+MOST_REQUEST_BYTES = ray_private.MOST_MESSAGE_BYTES - 2**20
+"""Of a request on its way to a replica; what Ray Serve puts around it is shorter than the difference."""
 MOST_ATTEMPTS = 3
 """For one request."""
 MOST_DEATHS = 2
@@ -140,10 +142,11 @@ class EngineClient:
 
     async def _call(self, attempt: ReplicaAttempt) -> None:
         """Call `EngineReplica.generate`, and bring the result to the attempt. Cancelling it cancels the call."""
-        request = attempt.request
-        responses = ray_private.call(
-            self._generate, request.request_id, self._ingress_id, self._encoder.encode(request)
-        )
+        request_id, encoded = attempt.request.request_id, self._encoder.encode(attempt.request)
+        if len(encoded) > MOST_REQUEST_BYTES:
+            attempt.fail(_too_large(len(encoded)))
+            return
+        responses = ray_private.call(self._generate, request_id, self._ingress_id, encoded)
         try:
             async for encoded in responses:
                 result = self._decoder.decode(encoded)
@@ -238,6 +241,11 @@ def _as_failure(refusal: Refusal) -> ApiError | ReplicaLostError:
             return overloaded()
         case RefusalKind.UNAVAILABLE | RefusalKind.ENGINE_ENDED:
             return ReplicaLostError(Loss.ENGINE_FAULT)
+
+
+def _too_large(num_bytes: int) -> ApiError:
+    message = f"the request takes {num_bytes} bytes to send to a replica, expected at most {MOST_REQUEST_BYTES}"
+    return ApiError(413, message, code="request_too_large")
 
 
 def _failure_of(error: Exception) -> ApiError | ReplicaLostError:

@@ -9,6 +9,7 @@ import grpc
 import ray
 from ray.exceptions import RayError
 from ray.serve import context as serve_context
+from ray.serve._private import replica
 from ray.serve._private.common import RequestMetadata
 from ray.serve._private.request_router import replica_wrapper
 from ray.serve.handle import DeploymentHandle
@@ -20,9 +21,14 @@ if ray.__version__ != RAY_VERSION:
         f"Ray is {ray.__version__}, expected {RAY_VERSION}: install that, or try serve_app/ray_private.py"
     )
 
-# gRPC takes 4 MiB from a replica unless told otherwise: most models' tokenizers, and a prompt's log-probabilities, have
-# more. Ray Serve reads its own setting before any code of ours runs, but uses it when it connects.
-replica_wrapper.RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH = 2**31 - 1  # type: ignore[attr-defined]  # is imported there
+MOST_MESSAGE_BYTES = 2**31 - 1
+"""Of a call or a reply between ingress and replica: the most that gRPC has room for."""
+
+# gRPC takes 4 MiB unless told otherwise: most models' tokenizers, a prompt's log-probabilities, and prompts of 800,000
+# tokens have more. Ray Serve reads its own setting before any code of ours runs, but uses it when it connects, and in a
+# replica after it has imported the replica's class.
+for _module in (replica, replica_wrapper):
+    _module.RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH = MOST_MESSAGE_BYTES  # type: ignore[attr-defined]  # imported there
 
 
 def keep_on_this_loop(handle: DeploymentHandle) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 from ray import serve
 
+import serve_app.ray_private  # noqa: F401  # for longer messages, see there
 from engine.async_engine import AsyncEngine, EngineStatus, StepReport
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, QueueFullError, RequestError

@@ -275,6 +275,17 @@ async def test_a_request_that_is_at_fault_stays_where_it_is(client: EngineClient
     assert sum(host.num_calls for host in hosts.by_id.values()) == 1 and not client.num_migrations.total()
 
 
+async def test_what_is_too_large_to_send_is_told_so_and_not_sent(
+    client: EngineClient, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine_client, "MOST_REQUEST_BYTES", 10)
+    with pytest.raises(ApiError) as error:
+        await collect(client, request("long"))
+    assert (error.value.status, error.value.code) == (413, "request_too_large")
+    assert error.value.message.endswith("expected at most 10")
+    assert not any(host.num_calls for host in hosts.by_id.values()) and not client.fleet.attempts
+
+
 async def test_a_call_that_fails_for_no_known_reason_ends_its_request(
     client: EngineClient, monkeypatch: pytest.MonkeyPatch
 ):
