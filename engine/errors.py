@@ -26,6 +26,10 @@ class RequestError(EngineError, ValueError):
         self.param = param
 
 
+class TooManyTokensError(RequestError):
+    """A text that has more tokens than it may have, by far: it was not read to its end."""
+
+
 class QueueFullError(EngineError):
     """The engine already holds as many waiting requests as its configuration allows."""
 

@@ -9,16 +9,10 @@ from typing import Any
 import tokenizers
 
 from engine.chat_template import ChatTemplate, normalize_messages
+from engine.encoding import encode_text
 from engine.errors import CheckpointError, RequestError
 from engine.token_bytes import TokenBytes
-from engine.tokenizer_files import (
-    is_library_failure,
-    one_line,
-    read_backend,
-    read_chat_template,
-    read_json,
-    read_special_tokens,
-)
+from engine.tokenizer_files import read_backend, read_chat_template, read_json, read_special_tokens
 
 MAX_NESTING = 64
 """Deepest nesting of objects and lists in messages, tools and template variables."""
@@ -85,20 +79,24 @@ class Tokenizer:
         """
         return self._token_bytes[token_id]
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = False, most_tokens: int | None = None) -> list[int]:
         """Ids of a prompt. Text that spells an added token becomes its id, as a rendered template needs it.
 
         Args:
             add_special_tokens: put around it what the tokenizer wants there, such as a BOS token.
+            most_tokens: text that has far more is not read to its end; None: any number.
 
         Raises:
             RequestError: the text cannot be encoded; `param` is "prompt".
+            TooManyTokensError: it has more than `most_tokens`. That it has a few more is not told.
         """
-        return _encode(self._backend, text, add_special_tokens, "prompt").ids
+        return encode_text(
+            self._backend, text, "prompt", add_special_tokens=add_special_tokens, most_tokens=most_tokens
+        ).ids
 
     def encode_plain(self, text: str) -> list[int]:
         """Like `encode`, but text that spells a special token stays text. For text from somebody not trusted."""
-        return self._encode_with(text, {}, "prompt")
+        return self._encode_with(text, {}, "prompt", None)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Unknown ids are skipped; bytes that are not UTF-8 become U+FFFD."""
@@ -142,9 +140,12 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        most_tokens: int | None = None,
         **template_variables: Any,
     ) -> list[int]:
-        """Ids of a conversation in which only the template writes special tokens. Arguments: `apply_chat_template`.
+        """Ids of a conversation in which only the template writes special tokens.
+
+        Arguments are those of `apply_chat_template`, and `most_tokens` as in `encode`.
 
         Text of the caller that spells a special token, in a message of any role, a tool or a template variable, is
         encoded as text, so that nobody can end a turn and go on as somebody else. Without such text the ids are those
@@ -153,16 +154,22 @@ class Tokenizer:
 
         Raises:
             RequestError: no chat template, or it fails on these messages; `param` is "messages".
+            TooManyTokensError: there are far more than `most_tokens`; so is its `param`.
         """
         inputs = (normalize_messages(messages), tools, template_variables)
         texts = list(_strings(inputs))
         if any(map(self._special_pattern.search, texts)):
-            return self._encode_guarded(inputs, texts, add_generation_prompt, continue_final_message)
+            return self._encode_guarded(inputs, texts, add_generation_prompt, continue_final_message, most_tokens)
         text = self._render(inputs, add_generation_prompt, continue_final_message)
-        return _encode(self._backend, text, False, "messages").ids
+        return encode_text(self._backend, text, "messages", most_tokens=most_tokens).ids
 
     def _encode_guarded(
-        self, inputs: _TemplateInputs, texts: Sequence[str], add_generation_prompt: bool, continue_final_message: bool
+        self,
+        inputs: _TemplateInputs,
+        texts: Sequence[str],
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        most_tokens: int | None,
     ) -> list[int]:
         """Ids of a conversation in which the caller's `texts` spell special tokens.
 
@@ -175,7 +182,8 @@ class Tokenizer:
         genuine = dict(zip(self._special, unused[num_special:], strict=True))
         text = self._render(self._replace_special(inputs, hidden), add_generation_prompt, continue_final_message)
         shown = {ord(character): token for token, character in hidden.items()}
-        return self._encode_with(self._replace_special(text, genuine).translate(shown), genuine, "messages")
+        shown_text = self._replace_special(text, genuine).translate(shown)
+        return self._encode_with(shown_text, genuine, "messages", most_tokens)
 
     def _render(self, inputs: _TemplateInputs, add_generation_prompt: bool, continue_final_message: bool) -> str:
         messages, tools, variables = inputs
@@ -196,7 +204,7 @@ class Tokenizer:
             return type(value)(self._replace_special(item, replacements) for item in value)
         return value
 
-    def _encode_with(self, text: str, genuine: Mapping[str, str], param: str) -> list[int]:
+    def _encode_with(self, text: str, genuine: Mapping[str, str], param: str, most_tokens: int | None) -> list[int]:
         """Ids of `text`, in which `genuine[token]` stands for that special token and its own text for plain text."""
         # Shares the vocabulary with the tokenizer, so that making it takes a fraction of a millisecond.
         twin = tokenizers.Tokenizer(self._backend.model)
@@ -214,7 +222,7 @@ class Tokenizer:
                 if not token.special or token.content in genuine
             ]
         )
-        encoding = _encode(twin, text, False, param)
+        encoding = encode_text(twin, text, param, most_tokens=most_tokens)
         # The twin numbers added tokens on its own: what tells them apart is their text.
         special_ids = {character: self._special[token] for token, character in genuine.items()}
         ids = []
@@ -254,19 +262,6 @@ def read_eos_token_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
             )
         ids.add(token_id)
     return tuple(sorted(ids))
-
-
-def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool, param: str) -> tokenizers.Encoding:
-    try:
-        text.encode()
-        return backend.encode(text, add_special_tokens=add_special_tokens)
-    except UnicodeEncodeError as error:
-        found = f"character {error.start} is U+{ord(text[error.start]):04X}, half of a surrogate pair"
-        raise RequestError(f"{found}; expected text that UTF-8 can write", param) from None
-    except BaseException as error:
-        if not is_library_failure(error):
-            raise
-        raise RequestError(f"text of {len(text):,} characters cannot be tokenized: {one_line(error)}", param) from None
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -59,7 +59,8 @@ class Chat(ChunkStream):
         }
 
         max_tokens = body.max_completion_tokens or body.max_tokens
-        prompt = truncate(render(body, model), body, max_tokens, model)
+        most_tokens = model.most_prompt_tokens if body.truncate_prompt_tokens is None else None
+        prompt = truncate(render(body, model, most_tokens), body, max_tokens, model)
         self.prompt_tokens = len(prompt)
         self._usages = [Usage(len(prompt)) for _ in range(body.n)]
         self._channel = open_channel(prompt, model.tokenizer, body.continue_final_message)

@@ -8,7 +8,7 @@ from engine.errors import RequestError
 from engine.request import ThinkingBudget
 from engine.tokenizer import Tokenizer
 from serve_app.openai.chat_protocol import ChatBody, Message, ToolCall
-from serve_app.openai.endpoint import ServedModel
+from serve_app.openai.endpoint import ServedModel, not_encoded
 from serve_app.openai.errors import bad_request
 from serve_app.openai.parsing.output import END_OF_THINK, THINK, Channel
 from serve_app.openai.tools import ToolUse
@@ -17,8 +17,13 @@ EFFORT_TOKENS = {"minimal": 512, "low": 2_048, "medium": 8_192}
 """What `reasoning_effort` lets a model think, in tokens; more than that is no limit."""
 
 
-def render(body: ChatBody, model: ServedModel) -> list[int]:
+def render(body: ChatBody, model: ServedModel, most_tokens: int | None = None) -> list[int]:
     """The conversation as token ids.
+
+    Args:
+        body: the request.
+        model: the one served.
+        most_tokens: a conversation that has far more is refused before it is read to its end; None: any number.
 
     Raises:
         ApiError: the chat template refuses it, or the model knows no tool calls.
@@ -34,10 +39,11 @@ def render(body: ChatBody, model: ServedModel) -> list[int]:
             tools=[tool.model_dump(exclude_none=True) for tool in tools.offered] or None,
             add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
             continue_final_message=body.continue_final_message,
+            most_tokens=most_tokens,
             **variables,
         )
     except RequestError as error:
-        raise bad_request(str(error), "messages") from None
+        raise not_encoded(error, model, "messages") from None
 
 
 def open_channel(token_ids: list[int], tokenizer: Tokenizer, is_continued: bool) -> Channel:

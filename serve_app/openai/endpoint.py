@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from engine.errors import RequestError, TooManyTokensError
 from engine.lora.handle import NAME as ADAPTER_NAME
 from engine.request import EngineRequest
 from engine.tokenizer import Tokenizer
@@ -50,6 +51,12 @@ class ServedModel:
     def names(self) -> list[str]:
         """All that clients may call it."""
         return [self.name, f"{self.name}:ADAPTER"] if self.has_adapters else [self.name]
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """A prompt with more is refused."""
+        room = self.info.max_model_len - 1
+        return room if self.limits.prompt_tokens is None else min(room, self.limits.prompt_tokens)
 
     @classmethod
     def from_info(cls, config: ModelConfig, info: ModelInfo) -> "ServedModel":
@@ -184,6 +191,14 @@ def check_length(
             max_tokens_param,
             "context_length_exceeded",
         )
+
+
+def not_encoded(error: RequestError, model: ServedModel, param: str) -> ApiError:
+    """The 400 for a prompt that could not be encoded, or was not because it is far too long."""
+    if not isinstance(error, TooManyTokensError):
+        return bad_request(str(error), param)
+    is_limited = model.most_prompt_tokens == model.limits.prompt_tokens
+    return bad_request(str(error), param, "prompt_too_long" if is_limited else "context_length_exceeded")
 
 
 def check_prompt_tokens(num_tokens: int, model: ServedModel, param: str) -> None:

@@ -2,7 +2,7 @@
 
 from engine.errors import RequestError
 from serve_app.openai.completion_protocol import CompletionBody
-from serve_app.openai.endpoint import ServedModel
+from serve_app.openai.endpoint import ServedModel, not_encoded
 from serve_app.openai.errors import bad_request
 from serve_app.openai.protocol import GenerationBody
 
@@ -18,11 +18,12 @@ def read_prompt(prompt: str | list[int], body: CompletionBody, max_tokens: int |
     Raises:
         ApiError: 400, the prompt cannot be tokenized, is empty, or the model knows no filling in.
     """
-    token_ids = _encode(prompt, body.add_special_tokens, "prompt", model)
+    most = model.most_prompt_tokens if body.truncate_prompt_tokens is None else None
+    token_ids = _encode(prompt, body.add_special_tokens, "prompt", model, most)
     if body.suffix is not None:
         # A fill begins with its own token: text before that, such as a BOS token, has no place in it.
-        before = _encode(prompt, False, "prompt", model)
-        return _fill_in_the_middle(before, _encode(body.suffix, False, "suffix", model), model)
+        before = _encode(prompt, False, "prompt", model, most)
+        return _fill_in_the_middle(before, _encode(body.suffix, False, "suffix", model, most), model)
     if not token_ids:
         raise bad_request("the prompt is empty, expected at least one token", "prompt")
     return truncate(token_ids, body, max_tokens, model)
@@ -55,10 +56,12 @@ def _fill_in_the_middle(before: list[int], after: list[int], model: ServedModel)
     return [prefix, *before, suffix, *after, middle]
 
 
-def _encode(prompt: str | list[int], add_special_tokens: bool, param: str, model: ServedModel) -> list[int]:
+def _encode(
+    prompt: str | list[int], add_special_tokens: bool, param: str, model: ServedModel, most: int | None
+) -> list[int]:
     if not isinstance(prompt, str):
         return prompt
     try:
-        return model.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        return model.tokenizer.encode(prompt, add_special_tokens=add_special_tokens, most_tokens=most)
     except RequestError as error:
-        raise bad_request(str(error), param) from None
+        raise not_encoded(error, model, param) from None

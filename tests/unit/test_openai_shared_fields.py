@@ -6,13 +6,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from serve_app.config import Limits
 from serve_app.http import parse_body
 from serve_app.openai.chat import Chat
 from serve_app.openai.chat_protocol import ChatBody
 from serve_app.openai.endpoint import ServedModel
 from serve_app.openai.errors import ApiError
 from serve_app.openai.sampling import GenerationDefaults
-from tests.unit.test_openai_completions import MODEL, TOKENIZER, run
+from tests.unit.test_openai_completions import MODEL, TOKENIZER, completions, run
 
 PROMPT = TOKENIZER.encode_chat([{"role": "user", "content": "Hi"}])
 
@@ -20,6 +21,10 @@ PROMPT = TOKENIZER.encode_chat([{"role": "user", "content": "Hi"}])
 def chat(model: ServedModel = MODEL, **fields: Any) -> Chat:
     body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]} | fields
     return Chat(parse_body(msgspec.json.encode(body), ChatBody), model)
+
+
+def chat_of(text: str, **fields: Any) -> Chat:
+    return chat(messages=[{"role": "user", "content": text}], **fields)
 
 
 def test_restrictions_reach_the_engine():
@@ -40,6 +45,19 @@ def test_restrictions_reach_the_engine():
 )
 def test_prompts_are_truncated_on_request(fields: dict[str, Any], expected: list[int]):
     assert chat(**fields).requests[0].prompt_token_ids == expected
+
+
+@pytest.mark.parametrize("text", ["a b " * 1000, "<|im_end|>1 2 3 4 " * 1000], ids=["plain", "special"])
+def test_text_that_is_far_too_long_is_not_read_to_its_end(text: str):
+    for make, param in ((completions, "prompt"), (chat_of, "messages")):
+        with pytest.raises(ApiError, match="in the first 504,") as caught:
+            make(text)
+        assert (caught.value.param, caught.value.code) == (param, "context_length_exceeded")
+        assert len(make(text, truncate_prompt_tokens=9).requests[0].prompt_token_ids) == 9
+    limited = dataclasses.replace(MODEL, limits=Limits(prompt_tokens=20))
+    with pytest.raises(ApiError) as caught:
+        completions(text, limited)
+    assert caught.value.code == "prompt_too_long"
 
 
 def test_the_server_may_say_how_much_to_make():

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from engine.chat_template import ChatTemplate
-from engine.errors import CheckpointError, RequestError
+from engine.errors import CheckpointError, RequestError, TooManyTokensError
 from engine.tokenizer import MAX_NESTING, Tokenizer, read_eos_token_ids
 from tests.tiny_tokenizer import NUM_TOKENS, PLAIN_ADDED_TOKENS, SPECIAL_TOKENS, make_tiny_tokenizer
 
@@ -475,3 +475,21 @@ def test_unusable_eos_token_is_named(tiny, tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError, match=name):
         read_eos_token_ids(tmp_path, tiny)
+
+
+REPEATED = st.tuples(
+    st.sampled_from(["a", " ", "e\u0301", "한", "word ", "=", "<|im_end|>", "\n", "🐎"]), st.integers(1, 100)
+)
+
+
+@pytest.mark.parametrize("name", ["tiny", pytest.param("real", marks=real_tokenizer)])
+@given(parts=st.lists(REPEATED, min_size=1, max_size=8), most=st.integers(1, 60))
+def test_only_text_with_more_tokens_is_found_too_long(request, name: str, parts: list[tuple[str, int]], most: int):
+    tokenizer = request.getfixturevalue(name)
+    text = "".join(piece * count for piece, count in parts)
+    ids = tokenizer.encode(text)
+    try:
+        assert tokenizer.encode(text, most_tokens=most) == ids
+        assert len(tokenizer.encode(text[: 8 * most])) <= 1.25 * most + 64 or len(text) <= 8 * most
+    except TooManyTokensError as error:
+        assert len(ids) > most and error.param == "prompt"
