@@ -131,6 +131,10 @@ REPOSITORIES = {
     },
     "owner/model-GGUF": {"M-Q4_0.gguf": b"GGUF four", "M-Q8_0.gguf": b"GGUF eight", "README.md": b"", ".config": b""},
     "owner/one-GGUF": {"one.f16.gguf": b"GGUF sixteen"},
+    "owner/split-GGUF": {
+        **{f"Q4_0/S-Q4_0-0000{number}-of-00002.gguf": b"GGUF part %d" % number for number in (1, 2)},
+        **{f"S-Q8_0-0000{number}-of-00003.gguf": b"GGUF" for number in (1, 3)},
+    },
 }
 BREAKING = "pytorch_model-00001-of-00002.bin"
 """The first download of it breaks off half-way."""
@@ -259,9 +263,12 @@ def test_hub_gguf_files_by_the_end_of_their_names(tmp_path, hub_address):
     """Their contents are no models, which is said of the one that was chosen."""
     environment = {"HF_ENDPOINT": hub_address, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
     calls = [("owner/model-GGUF:q8_0",), ("owner/model-GGUF",), ("owner/model-GGUF:Q5_0",), ("owner/one-GGUF",)]
-    chosen, several, unknown, only = resolve_in_fresh_process(calls, **environment)
+    calls += [("owner/split-GGUF:Q4_0",), ("owner/split-GGUF:Q8_0",)]
+    chosen, several, unknown, only, parts, incomplete = resolve_in_fresh_process(calls, **environment)
     blobs = [path.read_bytes() for path in tmp_path.rglob("blobs/*")]
-    assert sorted(blobs) == [b"GGUF eight", b"GGUF sixteen"]
+    assert sorted(blobs) == [b"GGUF eight", b"GGUF part 1", b"GGUF part 2", b"GGUF sixteen"]
+    assert "Q4_0/S-Q4_0-00001-of-00002.gguf: has 11 bytes, too few for a GGUF file" in parts
+    assert "'S-Q8_0.gguf' has 3 parts, 2 are there" in incomplete
     assert "too few for a GGUF file" in chosen and "too few for a GGUF file" in only
     assert "2 GGUF files are meant, expected one of 'M-Q4_0.gguf', 'M-Q8_0.gguf'" in several
     assert "0 GGUF files are meant" in unknown and "owner/name:Q8_0" in unknown

@@ -1,6 +1,7 @@
 """GGUF files, written with the gguf package from the demo model, and damaged ones."""
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -17,6 +18,7 @@ from engine.weights.gguf_checkpoint import GgufCheckpoint
 from engine.weights.gguf_file import GgufFile
 from engine.weights.gguf_folder import gguf_folder
 from engine.weights.hub import resolve_model
+from engine.weights.open_checkpoint import open_checkpoint
 from kernels.cpu_build import load_library
 
 DEMO = Path(__file__).parents[2] / "engine" / "weights" / "demo"
@@ -36,12 +38,13 @@ def tokens_and_kinds() -> tuple[list[str], list[int]]:
     return [texts[index] for index in sorted(texts)], [int(kinds[index]) for index in sorted(texts)]
 
 
-def write(path: Path, kind: gguf.GGMLQuantizationType, **changes: object) -> Path:
-    """The demo model as a GGUF file, as the usual converters write it."""
+def write(path: Path, kind: gguf.GGMLQuantizationType, tensors_in_part: int = 0, **changes: object) -> Path:
+    """The demo model as a GGUF file, as the usual converters write it, or in parts of so many tensors."""
     config = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
     state = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
     tokens, kinds = tokens_and_kinds()
-    writer = gguf.GGUFWriter(path, str(changes.get("architecture", "qwen3")))
+    architecture = str(changes.get("architecture", "qwen3"))
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_in_part)
     writer.add_context_length(4096)
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -76,6 +79,14 @@ def write(path: Path, kind: gguf.GGMLQuantizationType, **changes: object) -> Pat
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("gguf")
     return {kind.name: write(folder / f"{kind.name}.gguf", kind) for kind in (F32, F16, Q8_0, Q4_0)}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same as one of `files`, in three."""
+    folder = tmp_path_factory.mktemp("parts")
+    write(folder / "demo-Q8_0.gguf", Q8_0, tensors_in_part=25)
+    return sorted(folder.iterdir())
 
 
 @pytest.fixture(autouse=True)
@@ -168,18 +179,73 @@ def test_a_truncated_file_is_found_before_anything_is_loaded(files, tmp_path):
         GgufCheckpoint(path, torch.float32)
 
 
-@settings(max_examples=60)
+def test_parts_are_read_as_one(files, parts):
+    """Whichever is given, also by a link with another name, or the folder that they are in."""
+    assert [path.name for path in parts] == [f"demo-Q8_0-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    whole = GgufCheckpoint(files["Q8_0"], torch.float32)
+    for path in (parts[0], parts[2]):
+        checkpoint = GgufCheckpoint(path, torch.float32)
+        assert set(checkpoint.tensors) == set(whole.tensors)
+        assert {info.file for info in checkpoint.tensors.values()} == {part.name for part in parts}
+    assert all(torch.equal(checkpoint.read(name), whole.read(name)) for name in whole.tensors)
+    folder = gguf_folder(parts[1])
+    link = Path.home() / "mine.gguf"
+    link.symlink_to(parts[2])
+    assert folder == gguf_folder(link) == resolve_model(str(parts[0])) == resolve_model(str(parts[0].parent))
+    assert (folder / "config.json").read_text() == (gguf_folder(files["Q8_0"]) / "config.json").read_text()
+    loaded = open_checkpoint(folder, torch.float32)
+    assert torch.equal(loaded.read("model.norm.weight"), whole.read("model.norm.weight"))
+
+
+def test_parts_that_are_no_whole_are_refused(files, parts, tmp_path):
+    first, second, third = (tmp_path / part.name for part in parts)
+    for copy, part in zip((first, second, third), parts, strict=True):
+        shutil.copy(part, copy)
+
+    def error(path):
+        with pytest.raises(CheckpointError) as caught:
+            gguf_folder(path)
+        return str(caught.value)
+
+    lone = tmp_path / "lone.gguf"
+    second.rename(lone)
+    assert "demo-Q8_0-00002-of-00003.gguf: is missing, expected beside" in error(third)
+    assert "lone.gguf: split.no is '1', expected 0 by its name" in error(lone)
+    shutil.copy(third, second)
+    assert "00002-of-00003.gguf: split.no is '2', expected 1 by its name" in error(first)
+    shutil.copy(files["Q8_0"], second)
+    assert "00002-of-00003.gguf: split.no is 'None', expected 1" in error(first)
+    lone.rename(second)
+    content = third.read_bytes()
+    third.write_bytes(content.replace(b"split.count", b"split.cOunt"))
+    assert "00003-of-00003.gguf: split.count is 'None', expected 3" in error(first)
+    own = next(name for name in GgufFile(third).tensors if name.startswith("blk.4."))
+    third.write_bytes(content.replace(own.encode(), own.replace("4", "0").encode()))
+    assert f"has tensor '{own.replace('4', '0')}', as demo-Q8_0-00001-of-00003.gguf has" in error(second)
+    head = first.read_bytes()
+    place = head.index(b"split.tensors.count") + len(b"split.tensors.count") + 4
+    first.write_bytes(head[:place] + (7).to_bytes(4, "little") + head[place + 4 :])
+    third.write_bytes(content)
+    assert "split.tensors.count is '7', its 3 parts have 57 tensors" in error(first)
+    assert "is part 4 of 3 by its name" in error(third.rename(tmp_path / "demo-Q8_0-00004-of-00003.gguf"))
+
+
+@settings(max_examples=45)
 @given(data=st.data())
-def test_damage_in_the_header_is_an_error_or_harmless(files, tmp_path_factory, data):
-    """No other exception, no hang, no allocation beyond the file's size."""
-    whole = files["Q8_0"].read_bytes()
-    head = min(tensor.offset for tensor in GgufFile(files["Q8_0"]).tensors.values())
-    damaged = bytearray(whole)
+def test_damage_in_the_header_is_an_error_or_harmless(files, parts, tmp_path_factory, data):
+    """No other exception, no hang, no allocation beyond the file's size; in any part of a file, too."""
+    folder = tmp_path_factory.mktemp("damaged")
+    original = data.draw(st.sampled_from([files["Q8_0"], *parts]))
+    damaged = bytearray(original.read_bytes())
+    head = min(tensor.offset for tensor in GgufFile(original).tensors.values())
     for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, 2000) | st.integers(0, head - 1) | st.integers(head - 4000, head - 1))
+        place = data.draw(st.integers(0, min(2000, head - 1)) | st.integers(max(0, head - 4000), head - 1))
         damaged[place] = data.draw(st.integers(0, 255))
-    path = tmp_path_factory.mktemp("damaged") / "model.gguf"
+    path = folder / original.name
     path.write_bytes(damaged)
+    for part in parts if original in parts else ():
+        if part != original:
+            (folder / part.name).symlink_to(part)
     try:
         gguf_folder(path)
         checkpoint = GgufCheckpoint(path, torch.bfloat16)
