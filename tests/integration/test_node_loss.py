@@ -1,9 +1,11 @@
 """A node with an engine replica is lost under load: each stream goes on to its end, and says what it would have.
 
-Two nodes with a replica each; the ingress is on the one that stays. Nobody tells that the other is gone: Ray takes
-seconds to count a node out. How long the streams stood still is printed.
+Two nodes with a replica each; the ingress is on the one that stays. The other freezes, as one that the network has cut
+off seems to, comes back, and is killed. Nobody tells that it is gone: Ray takes seconds to count a node out. How long
+the streams stood still is printed.
 """
 
+import asyncio
 import os
 import shutil
 import signal
@@ -22,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve_app.fleet import Loss
 from serve_app.metrics.definitions import DEFINITIONS
 from tests.integration.server import Server
-from tests.integration.streams import check, report, run_streams, until
+from tests.integration.streams import PATIENCE_S, check, report, run_streams, until
 
 SERVE = (
     "env",
@@ -99,19 +101,42 @@ def num_migrations(server: Server, loss: Loss) -> float:
     return sum(each.value for each in samples if each.name == NUM_MIGRATIONS and each.labels["reason"] == loss)
 
 
-async def test_a_node_that_is_killed(nodes: TwoNodes, capsys: pytest.CaptureFixture[str]):
+def send(number: signal.Signals, processes: list[int]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):  # one that Ray had no more use for
+            os.kill(process, number)
+
+
+async def test_a_node_that_freezes_and_one_that_is_killed(nodes: TwoNodes, capsys: pytest.CaptureFixture[str]):
     await until(lambda: num_heard(nodes) == 2, "two replicas that the ingress hears from")
     undisturbed = [stream.text for stream in await run_streams(nodes, NUM_STREAMS, num_tokens=NUM_TOKENS)]
     victims = nodes.second_node()
     replicas = set(nodes.processes_named(REPLICA))
     assert len(replicas) == 2 and len(replicas & set(victims)) == 1
 
-    def kill() -> None:
-        for process in victims:
-            with suppress(ProcessLookupError):  # one that Ray had no more use for
-                os.kill(process, signal.SIGKILL)
+    frozen = asyncio.Event()
 
-    streams = await run_streams(nodes, NUM_STREAMS, kill, NUM_TOKENS)
+    def freeze() -> None:
+        send(signal.SIGSTOP, victims)
+        frozen.set()
+
+    async def thaw() -> None:
+        """When its requests are elsewhere. Ray would count the node out some seconds later."""
+        await frozen.wait()
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                # On a thread, as streams are read meanwhile, and /metrics waits for the replica that is frozen.
+                while not await asyncio.to_thread(num_migrations, nodes, Loss.SILENT):
+                    await asyncio.sleep(0.1)
+        finally:
+            send(signal.SIGCONT, victims)
+
+    streams, _ = await asyncio.gather(run_streams(nodes, NUM_STREAMS, freeze, NUM_TOKENS), thaw())
+    check(streams, undisturbed)
+    report(capsys, "SIGSTOP of a node", streams)
+    await until(lambda: num_heard(nodes) == 2, "replica that is back")
+
+    streams = await run_streams(nodes, NUM_STREAMS, lambda: send(signal.SIGKILL, nodes.second_node()), NUM_TOKENS)
     check(streams, undisturbed)
     report(capsys, "SIGKILL of a node", streams)
     assert num_migrations(nodes, Loss.DIED) > 0
