@@ -32,9 +32,9 @@ Decode = Callable[[Tensor, Tensor, Tensor], Decoded]
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, 8, then every 16th up to the most requests that run at once."""
-    sizes = {size for size in (1, 2, 4, 8, *range(16, max_num_seqs, 16)) if size < max_num_seqs}
-    return [*sorted(sizes), max_num_seqs]
+    """1, 2, 4, 8, then every 16th, past 256 every 64th, up to the most requests that run at once."""
+    sizes = (1, 2, 4, 8, *range(16, 256, 16), *range(256, max_num_seqs, 64))
+    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
 
 
 class DecodeGraphs:
@@ -103,15 +103,17 @@ class DecodeGraphs:
         """Largest first, so that the smaller ones fit into its memory."""
         pool = None
         nobody = np.zeros(0, dtype=np.int64)
+        # One for all, also for what comes before a capture: cuBLAS makes its workspace for a stream when that first
+        # multiplies, which must not be in the memory of a graph.
+        stream = torch.cuda.Stream()
         for size in tqdm(self._sizes[::-1].tolist(), desc="capturing graphs", delay=2, disable=not progress):
             inputs = self._send(size, nobody, nobody)
-            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._decode(*inputs)  # compiles kernels, makes split-K's counters: what a capture may not
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._outputs[size] = self._decode(*inputs)
             pool = graph.pool()
             self._graphs[size] = graph

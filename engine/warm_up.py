@@ -6,8 +6,9 @@ from engine.scheduler import Step
 LARGEST_SAMPLING = SamplingParams(seed=0, top_p=0.9, presence_penalty=0.1, logprobs=MAX_LOGPROBS)
 """What takes the sampler most memory."""
 PLAIN_SAMPLING = SamplingParams(seed=0)
-WARM_UP_LENGTHS = (1, 2, 16, 128)
-"""Of new tokens in a request: attention has kernels for one, and for tiles of three sizes."""
+WARM_UP_LENGTHS = tuple(2**exponent for exponent in range(11))
+"""Of new tokens in a request, up to 1024: attention has kernels for one token and for tiles of three sizes, as many as
+its heads fill; quantized products and experts have several for few tokens, and others where they are split."""
 
 
 def dummy_step(num_requests: int, length: int, block_size: int, params: SamplingParams) -> Step:

@@ -57,6 +57,26 @@ def test_the_same_tokens_come_out_in_any_way(checkpoint, params):
     assert all(tokens == outputs["eager"] for tokens in outputs.values()), outputs
 
 
+@pytest.mark.parametrize("config", [{}, {"enforce_eager": True}], ids=["graphs", "eager"])
+def test_no_launch_waits_for_the_device(checkpoint, config):
+    """Torch raises where it would; that a step's outcome is waited for, by an event, it does not count."""
+    llm = LLM(
+        str(checkpoint[0]), device="cuda", max_model_len=512, kv_cache_memory="64MiB", show_progress=False, **config
+    )
+    launch = llm.engine.runner.launch
+
+    def strict_launch(*arguments):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    llm.engine.runner.launch = strict_launch
+    completions = llm.generate(PROMPTS, ONE_EDITED)
+    assert all(completion.error is None for completion in completions)
+
+
 def test_greedy_tokens_equal_those_of_transformers(checkpoint):
     expected = [reference_greedy(checkpoint[1], prompt, NUM_TOKENS) for prompt in PROMPTS]
     assert generate(checkpoint, GREEDY) == expected

@@ -1,6 +1,8 @@
 """The whole engine through the interpreter: every kernel that a decode or prefill step launches, in its place."""
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.runner
 import kernels.backend
@@ -15,6 +17,26 @@ SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.9, seed=3, max_token
 PENALIZED = SamplingParams(
     repetition_penalty=1.4, presence_penalty=0.5, seed=4, logprobs=2, max_tokens=3, ignore_eos=True
 )
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
+"""Operations that, on a GPU, wait for the device to know a value or a shape."""
+
+
+class NoWait(TorchDispatchMode):
+    """Refuses operations for which the host would have to wait."""
+
+    num_operations = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.num_operations += 1
+        name = operation.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in WAITING or masks:
+            raise RuntimeError(f"{operation} would wait for the device")
+        return operation(*args, **(kwargs or {}))
+
 
 FIELDS = {
     "dtype": "float32", "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 24,
@@ -45,7 +67,15 @@ def test_tokens_equal_those_of_transformers_and_of_the_sampler(checkpoint, make_
     llm = make_llm(overlap_steps=True)
     llm.engine.runner.use_decode_graphs(llm.engine.config, capture=False)
     params = [GREEDY, PENALIZED, SAMPLED]
+    launch, no_wait = llm.engine.runner.launch, NoWait()
+
+    def launch_without_wait(*arguments):
+        with no_wait:
+            return launch(*arguments)
+
+    monkeypatch.setattr(llm.engine.runner, "launch", launch_without_wait)
     outputs = [completion.token_ids for completion in llm.generate(PROMPTS, params)]
+    assert no_wait.num_operations > 100
     assert outputs[0] == reference_greedy(checkpoint[1], PROMPTS[0], 3)
 
     monkeypatch.undo()

@@ -174,6 +174,8 @@ def test_buckets():
     assert bucket_sizes(1) == [1]
     assert bucket_sizes(7) == [1, 2, 4, 7]
     assert bucket_sizes(48) == [1, 2, 4, 8, 16, 32, 48]
+    assert bucket_sizes(256)[-3:] == [224, 240, 256] and bucket_sizes(4096)[19:22] == [256, 320, 384]
+    assert len(bucket_sizes(256)) == 20 and len(bucket_sizes(4096)) == 80
 
 
 @pytest.mark.parametrize("buckets", [False, True], ids=["by lengths", "bucketed decode"])
