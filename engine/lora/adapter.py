@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.errors import CheckpointError
@@ -106,7 +108,6 @@ def read_adapter(
     checkpoint = SafetensorsCheckpoint(folder, WEIGHTS)
     file = folder / WEIGHTS
     found = _tensor_names(file, checkpoint, parts)
-    layers: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for part_name, (a_name, b_name) in found.items():
         shape = parts[part_name]
         for tensor_name, wanted in ((a_name, (config.r, shape.in_features)), (b_name, (shape.out_features, config.r))):
@@ -116,8 +117,14 @@ def read_adapter(
                     f"{file}: tensor {shown(tensor_name)} is {info.dtype} {shape_text(info.shape)}, expected floats of "
                     f"16 bits or more, {shape_text(wanted)}: is the adapter of this base model?"
                 )
-        a, b = (_finite(file, tensor_name, checkpoint, dtype) for tensor_name in (a_name, b_name))
-        layers.setdefault(shape.path, {})[shape.part] = a.to(dtype, copy=True), (b.float() * config.scale).to(dtype)
+    tensors = _read_tensors(file, checkpoint, dtype)
+    layers: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    for part_name, (a_name, b_name) in found.items():
+        scaled = (tensors[b_name].float() * config.scale).to(dtype)
+        layers.setdefault(parts[part_name].path, {})[parts[part_name].part] = (
+            tensors[a_name].to(dtype, copy=True),
+            scaled,
+        )
     return Adapter(name, version, layers)
 
 
@@ -170,8 +177,19 @@ def _tensor_names(
     return {path: (kinds["lora_A"], kinds["lora_B"]) for path, kinds in found.items()}
 
 
-def _finite(file: Path, name: str, checkpoint: SafetensorsCheckpoint, dtype: torch.dtype) -> Tensor:
-    tensor = checkpoint.read(name)
-    if not torch.isfinite(tensor.to(dtype)).all():
-        raise CheckpointError(f"{file}: tensor {shown(name)} has values that are no finite numbers as {dtype}")
-    return tensor
+def _read_tensors(file: Path, checkpoint: SafetensorsCheckpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors, which are known to fit the model.
+
+    Read and not mapped: adapters are replaced while they are served, and a mapped file that somebody shortens ends the
+    process that looks into it.
+    """
+    try:
+        tensors = safetensors.torch.load(file.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+    for name, info in checkpoint.tensors.items():
+        if name not in tensors or (tuple(tensors[name].shape), tensors[name].dtype) != (info.shape, info.dtype):
+            raise CheckpointError(f"{file}: changed while it was read; ask for the adapter again when it is written")
+        if not torch.isfinite(tensors[name].to(dtype)).all():
+            raise CheckpointError(f"{file}: tensor {shown(name)} has values that are no finite numbers as {dtype}")
+    return tensors

@@ -289,11 +289,12 @@ def test_adapters_are_divided_as_their_layers_are(tiny, adapters, size, config):
 def test_ranks_need_no_files_of_adapters(tiny, adapters, tmp_path):
     """The first one has read them: whatever becomes of the files, no two ranks have different contents."""
     shutil.copytree(adapters / "all", tmp_path / "a")
-    config = {"max_loras": 1, "adapters": {"a": str(tmp_path / "a"), "b": str(adapters / "some")}}
-    expected = LLM(str(tiny), **(FIELDS | config)).generate(PROMPTS, GREEDY, adapter=["a", "b", "a"])
+    config = {"max_loras": 1, "lora_folder": str(adapters)}
+    expected = LLM(str(tiny), **(FIELDS | config)).generate(PROMPTS, GREEDY, adapter=["all", "some", "all"])
     with divided(tiny, 2, **config) as llm:
+        llm.load_adapter("a", tmp_path / "a")
         shutil.rmtree(tmp_path / "a")
-        found = llm.generate(PROMPTS, GREEDY, adapter=["a", "b", "a"])
+        found = llm.generate(PROMPTS, GREEDY, adapter=["a", "some", "a"])
     assert [each.token_ids for each in found] == [each.token_ids for each in expected]
 
 

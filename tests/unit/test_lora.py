@@ -1,13 +1,17 @@
 """LoRA adapters: parity with merged weights, mixed batches, places on the device, what is refused."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine import LLM, CheckpointError, ConfigError, EngineConfig, RequestError, SamplingParams
 from engine.errors import QueueFullError
+from engine.lora import adapter, registry
+from engine.lora.device import DeviceAdapters
 from engine.lora.handle import AdapterHandle, AdapterPlaces
 from engine.request import EngineRequest, FinishReason, prefix_salt
 from tests.adapters import CONFIG, make_adapter, merge, write_adapter
@@ -134,18 +138,83 @@ def test_no_unloading_while_requests_use_it(models):
     models.check(llm, "", llm.generate(PROMPTS, GREEDY))
 
 
-def test_an_adapter_that_changes_on_disk_is_read_anew(models, tmp_path):
-    reference = make_tiny_qwen3(tmp_path / "model")
-    merge_first = make_adapter(tmp_path / "adapters" / "a", reference, seed=5)
-    llm = LLM(str(tmp_path / "model"), **(FIELDS | {"lora_folder": str(tmp_path / "adapters")}))
-    first = llm.generate([PROMPTS[1]], GREEDY, adapter="a")[0].token_ids
-    changes = make_adapter(tmp_path / "adapters" / "a", reference, seed=6, rank=8)
-    assert merge_first.keys() == changes.keys()
-    second = llm.generate([PROMPTS[1]], GREEDY, adapter="a")[0].token_ids
+@pytest.mark.parametrize("is_named", [False, True])
+def test_an_adapter_that_changes_on_disk_is_read_anew(models, tmp_path, monkeypatch, is_named):
+    """Each request has all of the old or all of the new, and the keys and values that belong to it."""
+    folder, reference = tmp_path / "a", make_tiny_qwen3(tmp_path / "model")
+    make_adapter(folder, reference, seed=5)
+    named = {"lora_folder": None, "adapters": {"a": str(folder)}}
+    llm = models.llm(**(named if is_named else {"lora_folder": str(tmp_path)}))
+
+    def answer():
+        return llm.generate([PROMPTS[1]], GREEDY, adapter="a")[0]
+
+    first = answer().token_ids
+    llm.engine.add_request(EngineRequest(request_id="old", prompt_token_ids=PROMPTS[1], params=GREEDY, adapter="a"))
+    found = {"old": [], "new": []}
+    while not found["old"]:
+        take_step(llm, found)
+    changes = make_adapter(folder, reference, seed=6, rank=8)
+    monkeypatch.setattr(registry, "SETTLE_S", 1e6)  # as if it had been written just now
+    assert llm.engine.find_adapter("a").version == 0
+    monkeypatch.setattr(registry, "SETTLE_S", 0)
+    llm.engine.add_request(EngineRequest(request_id="new", prompt_token_ids=PROMPTS[1], params=GREEDY, adapter="a"))
+    while llm.engine.has_work:
+        take_step(llm, found)
     merge(reference, changes)
     expected = reference_greedy(reference, PROMPTS[1], 12)
     cut = next((index for index, token in enumerate(expected) if token >= llm.engine.vocab_size), 12)
-    assert second[:cut] == expected[:cut] and first != second
+    assert found["old"] == first and found["new"][:cut] == expected[:cut] != first[:cut]
+    again = answer()
+    assert again.token_ids == found["new"] and again.num_cached_tokens > 0
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(RequestError, match=r"adapter 'a' cannot be used: .*safetensors: cannot be read"):
+        answer()
+
+
+def take_step(llm, found):
+    for output in llm.engine.step():
+        found[output.request_id] += output.token_ids
+        assert output.request_id == "old" or not output.num_cached_tokens
+
+
+def test_a_link_that_is_turned_to_another_adapter(models, tmp_path):
+    """Known at once, by its name alone: the files are as long and as old."""
+    for name in ("one", "two"):
+        shutil.copytree(models.folder / "one", tmp_path / name)
+    tensors = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    save_file({name: -tensor for name, tensor in tensors.items()}, tmp_path / "two" / "adapter_model.safetensors")
+    for file in tmp_path.glob("*/*"):
+        os.utime(file, (0, 0))
+    link = tmp_path / "link"
+    link.symlink_to("one")
+    llm = models.llm(lora_folder=str(tmp_path))
+    models.check(llm, "one", llm.generate(PROMPTS, GREEDY, adapter="link"))
+    (tmp_path / "next").symlink_to("two")
+    (tmp_path / "next").rename(link)
+    expected = llm.generate(PROMPTS, GREEDY, adapter="two")
+    found = llm.generate(PROMPTS, GREEDY, adapter="link")
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    assert not any(each.num_cached_tokens for each in found)
+
+
+def test_a_step_without_memory_for_an_adapter(models, monkeypatch):
+    """Its largest request ends, and the next one with that adapter finds it whole."""
+    llm = models.llm()
+    share_out = DeviceAdapters._share_out
+    calls = iter(range(1000))
+
+    def fail_once(*arguments):
+        if next(calls) == 5:
+            raise torch.OutOfMemoryError("no memory left")
+        return share_out(*arguments)
+
+    monkeypatch.setattr(DeviceAdapters, "_share_out", fail_once)
+    completions = llm.generate(PROMPTS, GREEDY, adapter="one")
+    assert "out of memory" in completions[1].error
+    found = llm.generate(PROMPTS, GREEDY, adapter="one")
+    models.check(llm, "one", found)
+    assert completions[0].token_ids == found[0].token_ids
 
 
 def test_preempted_requests_find_their_adapter_again(models):
@@ -246,6 +315,21 @@ def test_damaged_files_are_clear_errors(models, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\xff" * 99)
     with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
         llm.load_adapter("bad", tmp_path)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5000])
+def test_a_file_that_is_shortened_while_it_is_read(models, tmp_path, monkeypatch, num_bytes):
+    shutil.copytree(models.folder / "one", tmp_path / "a")
+    file, check = tmp_path / "a" / "adapter_model.safetensors", adapter._tensor_names
+
+    def check_and_shorten(*arguments):
+        found = check(*arguments)
+        os.truncate(file, num_bytes)
+        return found
+
+    monkeypatch.setattr(adapter, "_tensor_names", check_and_shorten)
+    with pytest.raises(RequestError, match=r"adapter 'a' cannot be used: .*safetensors: cannot be read"):
+        models.llm(lora_folder=str(tmp_path)).engine.find_adapter("a")
 
 
 def test_an_engine_without_room_refuses_adapters(models):
