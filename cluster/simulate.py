@@ -1,6 +1,6 @@
 """Replay a request trace against autoscaling policies on a queueing model of replicas, and compare what comes out.
 
-python -m cluster.simulate [--copies 3] [--seeds 5] [--plot FILE] [TRACE.csv ...]
+python -m cluster.simulate [--copies 3] [--seeds 5] [--refine ROUNDS] [--plot FILE] [TRACE.csv ...]
 
 A trace is a file of the Azure LLM inference traces of 2023; without any, an hour with the same statistics is made up.
 A step trace follows: five times the load within a second. For each, a table: this project's policy with its default
@@ -22,7 +22,7 @@ from ray.serve.config import AutoscalingConfig
 
 from cluster.autoscaling import QueueAndKvPolicy
 from cluster.simulation.fleet import Autoscaler, Fleet, Policy, Slo
-from cluster.simulation.foresight import Foresight, least_hours
+from cluster.simulation.foresight import Foresight, least_hours, plan, refined
 from cluster.simulation.replica import ReplicaSpeed
 from cluster.simulation.trace import (
     STEP_S,
@@ -111,7 +111,17 @@ def serve_default(**settings: float) -> Contender:
 def foresight(load: float, window_s: float) -> Contender:
     """A plan made with knowledge of the trace."""
     name = _named({"load": load, "window_s": window_s})
-    return _scaled(name, lambda trace: Foresight(trace, SPEED, load, int(window_s)), NO_DELAYS)
+    return _scaled(name, lambda trace: Foresight(plan(trace, SPEED, load, int(window_s))), NO_DELAYS)
+
+
+def refined_foresight(trace: Sequence[Arrival], first: Result, rounds: int) -> Contender:
+    """A better plan for this very trace, from what one has wanted."""
+
+    def follow(targets: list[int]) -> Contender:
+        return _scaled(f"{rounds} rounds", lambda _: Foresight(targets), NO_DELAYS)
+
+    first_plan = [FIRST_REPLICAS, *first.targets]
+    return follow(refined(first_plan, lambda targets: follow(targets).start(trace).replay(trace), SLO, rounds))
 
 
 def fixed_fleet(num_replicas: int) -> Contender:
@@ -183,8 +193,18 @@ def _rows(results: dict[str, Result], ours: Result, has_step: bool) -> Iterable[
         yield f"| {' | '.join(cells)} |"
 
 
-def compare(title: str, traces: Traces, sweep: Sweep, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run all on one load and say what came out. Returns the results, by kind, for the plot."""
+def compare(
+    title: str, traces: Traces, sweep: Sweep, rounds: int = 0, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Run all on one load and say what came out. Returns the results, by kind, for the plot.
+
+    Args:
+        title: of the table.
+        traces: the load, with several seeds.
+        sweep: settings of Ray Serve's default policy.
+        rounds: in which the plan of one who knows the first trace is refined.
+        say: takes the lines.
+    """
     trace = traces[0]
     ours = queue_and_kv().run([trace])
     others = {
@@ -201,6 +221,9 @@ def compare(title: str, traces: Traces, sweep: Sweep, say: Callable[[str], None]
         if affordable and policy != "foresight":
             chosen[f"{policy}, no dearer"] = max(affordable, key=lambda found: found.attainment)
     shown = {policy: result.contender.run(traces) for policy, result in chosen.items()}
+    if rounds and "foresight, no worse" in chosen:
+        refined_plan = refined_foresight(trace, chosen["foresight, no worse"], rounds)
+        shown["foresight, refined"] = refined_plan.run([trace])
     tokens = sum(each.prompt_tokens for each in trace) / len(trace)
     say(f"\n### {title}\n\n{len(trace)} requests in {trace[-1].time_s:.0f} s, {tokens:.0f} prompt tokens on average.")
     say(f"No fleet can do with less than {least_hours(trace, SPEED):.2f} replica-hours.")
@@ -219,11 +242,14 @@ def main() -> None:
     parser.add_argument("traces", nargs="*", type=Path, metavar="TRACE.csv")
     parser.add_argument("--copies", type=int, default=3, help="multiply the traces' users (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="of the copies and what is made up (default: %(default)s)")
+    parser.add_argument(
+        "--refine", type=int, default=0, metavar="ROUNDS", help="refine the plan that knows a trace (default: do not)"
+    )
     parser.add_argument("--plot", type=Path, help="draw into this file (.svg, .png); needs matplotlib")
     options = parser.parse_args()
-    for name in ("copies", "seeds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}, expected at least 1")
+    for name, least in (("copies", 1), ("seeds", 1), ("refine", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} is {getattr(options, name)}, expected at least {least}")
     seeds = range(options.seeds)
     loads = [(path.stem, [read_azure_trace(path)] * options.seeds) for path in options.traces]
     if not loads:
@@ -232,7 +258,7 @@ def main() -> None:
     results = []
     for title, traces in loads:
         copied = [multiplied(trace, options.copies, seed) for seed, trace in enumerate(traces)]
-        results.append(compare(title, copied, SERVE_SWEEP))
+        results.append(compare(title, copied, SERVE_SWEEP, options.refine))
     if options.plot is not None:
         from cluster.simulation.plot import draw
 

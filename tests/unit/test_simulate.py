@@ -8,8 +8,8 @@ from ray.serve.autoscaling_policy import default_autoscaling_policy
 from ray.serve.config import AutoscalingConfig
 
 from cluster import simulate
-from cluster.simulation.fleet import Autoscaler, Fleet, Slo
-from cluster.simulation.foresight import Foresight, least_hours
+from cluster.simulation.fleet import Autoscaler, Fleet, Replay, Slo
+from cluster.simulation.foresight import Foresight, least_hours, plan, refined
 from cluster.simulation.replica import ModelledReplica, Outcome, ReplicaSpeed
 from cluster.simulation.trace import (
     Arrival,
@@ -137,7 +137,7 @@ def test_a_comparison_is_a_table_and_a_picture(tmp_path: Path):
     lines: list[str] = []
     sweep = {"target_ongoing_requests": (16.0,), "look_back_period_s": (3.0,)}
     traces = [synthetic_trace(lambda time_s: 1.0, 60.0, seed) for seed in range(2)]
-    draw([simulate.compare("Quiet", traces, sweep, lines.append)], tmp_path / "plot.svg")
+    draw([simulate.compare("Quiet", traces, sweep, 1, lines.append)], tmp_path / "plot.svg")
     assert any(line.startswith("| QueueAndKvPolicy | defaults |") for line in lines)
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     assert "</svg>" in (tmp_path / "plot.svg").read_text()
@@ -161,10 +161,22 @@ def test_cost_is_interpolated_between_what_nothing_else_beats():
 def test_foresight_has_replicas_ready_when_load_comes_and_uses_no_less_than_it_takes():
     trace = [Arrival(100 + each / 20, 50, 2) for each in range(1200)]  # one second of prompts a second
     config = AutoscalingConfig(min_replicas=1, max_replicas=4, upscale_delay_s=0, downscale_delay_s=0)
-    replay = Fleet(SPEED, Autoscaler(Foresight(trace, SPEED, 0.5, 10), config), 1).replay(trace)
+    replay = Fleet(SPEED, Autoscaler(Foresight(plan(trace, SPEED, 0.5, 10)), config), 1).replay(trace)
     assert replay.running[60] == 1 and replay.running[106] == 3 and replay.targets[-1] < 3
     assert least_hours(trace, SPEED) == pytest.approx(1200 * (0.05 + 2 * 0.006) / 3600)
     assert least_hours(trace, SPEED) < replay.replica_hours
+
+
+def test_a_plan_is_refined_by_what_pays():
+    """Four replicas where one is enough: the rounds find some of what can go, and no request suffers."""
+    trace = [Arrival(float(each), 50, 2) for each in range(300)]
+
+    def replay(targets: list[int]) -> Replay:
+        config = AutoscalingConfig(min_replicas=1, max_replicas=4, upscale_delay_s=0, downscale_delay_s=0)
+        return Fleet(SPEED, Autoscaler(Foresight(targets), config), 4).replay(trace)
+
+    better = refined([4] * 301, replay, Slo(), rounds=10)
+    assert replay(better).attainment(Slo()) == 1.0 and sum(better) < 0.95 * 4 * 301 and min(better) >= 1
 
 
 def test_synthetic_traces_have_the_statistics_they_claim():
