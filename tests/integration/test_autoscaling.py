@@ -18,7 +18,7 @@ from tests.integration.server import MAKE_SERVE, Server
 ENGINE = {"kv_cache_memory": "32MiB", "max_num_seqs": 2, "num_threads": 1}
 """Two requests fill a replica."""
 SCALING = {"min_replicas": 0, "initial_replicas": 1, "max_replicas": 3, "downscale_to_zero_delay_s": 8}
-POLICY = {"ttft_target_s": 1, "startup_s": 5, "hold_s": 4}
+POLICY = {"ttft_target_s": 1, "startup_s": 5, "hold_s": 4, "burst_memory_s": 0}
 NUM_CLIENTS = 12
 NUM_TOKENS = 48
 BODY = {"model": "demo", "prompt": "Hello", "max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 0}
