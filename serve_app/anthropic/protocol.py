@@ -121,6 +121,7 @@ class Thinking(Body):
     """Whether the model thinks before it answers."""
 
     type: Literal["enabled", "adaptive", "disabled"]
+    display: Literal["summarized"] = Field("summarized", description="what the model thinks is told as it is")
     budget_tokens: Annotated[int, Field(ge=1, le=2**31 - 2)] | None = Field(None, validate_default=True)
 
     @field_validator("budget_tokens")
@@ -129,6 +130,22 @@ class Thinking(Body):
         if (value is None) == (info.data.get("type") == "enabled"):
             raise ValueError("expected a number beside the type 'enabled', and beside no other")
         return value
+
+
+class OutputFormat(Body):
+    """The form of the answer's text."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    """How the answer is made."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="how much the model thinks; needs thinking of the type 'adaptive'"
+    )
+    format: OutputFormat | None = None
 
 
 class Metadata(Body):
@@ -146,7 +163,16 @@ class CountTokensBody(Body):
     tools: Annotated[list[ToolDefinition], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: ToolChoice = ToolChoice(type="auto")
     thinking: Thinking = Thinking(type="disabled")
+    output_config: OutputConfig = OutputConfig()
     cache_control: CacheControl | None = Field(None, description=_NO_NEED)
+
+    @field_validator("output_config")
+    @classmethod
+    def _where_it_thinks(cls, value: OutputConfig, info: ValidationInfo) -> OutputConfig:
+        thinking = info.data.get("thinking")
+        if value.effort is not None and thinking is not None and thinking.type != "adaptive":
+            raise ValueError(f"has an effort, which is for thinking of the type 'adaptive', not {thinking.type!r}")
+        return value
 
 
 class MessagesBody(CountTokensBody):
@@ -166,6 +192,8 @@ NAMES = {
     "stop": "stop_sequences",
     "thinking_token_budget": "thinking.budget_tokens",
     "continue_final_message": "messages",
+    "response_format.json_schema": "output_config.format",
+    "reasoning_effort": "output_config.effort",
 }
 """For a chat's fields those of a message."""
 
@@ -175,6 +203,11 @@ def chat_values(body: CountTokensBody) -> dict[str, Any]:
     values: dict[str, Any] = {"model": body.model, "messages": _messages(body)}
     values["chat_template_kwargs"] = {"enable_thinking": body.thinking.type != "disabled"}
     values["thinking_token_budget"] = body.thinking.budget_tokens
+    if body.output_config.effort is not None:
+        values["reasoning_effort"] = "xhigh" if body.output_config.effort == "max" else body.output_config.effort
+    if body.output_config.format is not None:
+        schema = {"name": "answer", "schema": body.output_config.format.schema_}
+        values["response_format"] = {"type": "json_schema", "json_schema": schema}
     values["continue_final_message"] = body.messages[-1].role == "assistant"
     values["parallel_tool_calls"] = not body.tool_choice.disable_parallel_tool_use
     if body.tools:

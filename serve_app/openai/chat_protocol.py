@@ -43,6 +43,7 @@ class Message(Body):
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     reasoning: Text | None = None
     reasoning_content: Text | None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = Field(None, exclude=True, description="none here")
 
     @property
     def text(self) -> str:
@@ -128,6 +129,7 @@ class ChatBody(GenerationBody):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     continue_final_message: bool = Field(False, description="go on with the last message, which is the assistant's")
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description="there is text")
     echo: bool = Field(False, description="begin the answer with the last message if that is the assistant's")
     add_generation_prompt: bool = Field(True, description="begin a new message; not so by default if one is continued")
     add_special_tokens: Literal[False] = Field(False, description="they are the chat template's")

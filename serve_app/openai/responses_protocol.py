@@ -143,6 +143,13 @@ class ReasoningOptions(Body):
     """How much the model thinks."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    summary: Literal["auto"] | None = Field(None, description="the models here make none")
+
+
+class ResponseStreamOptions(Body):
+    """What a stream carries."""
+
+    include_obfuscation: Literal[False] = Field(False, description="events are never padded")
 
 
 class ResponsesBody(Body):
@@ -152,6 +159,10 @@ class ResponsesBody(Body):
     input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=4096, fail_fast=True)]
     instructions: Text | None = None
     stream: bool = False
+    stream_options: ResponseStreamOptions | None = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = Field(
+        None, description="reasoning is never encrypted here: its items have the text, and go in again"
+    )
     max_output_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

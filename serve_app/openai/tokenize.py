@@ -20,7 +20,8 @@ class TokenizeBody(Body):
     add_special_tokens: bool = True
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = Field(None, validate_default=True)
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
-    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_generation_prompt: bool = Field(True, description="not so by default if the last message is continued")
     chat_template_kwargs: TemplateVariables | None = None
     return_token_strs: bool = False
 
@@ -32,7 +33,14 @@ class TokenizeBody(Body):
             raise ValueError(f"there are {found} of prompt and messages, expected one of the two")
         return value
 
-    @field_validator("tools", "chat_template_kwargs")
+    @field_validator("add_generation_prompt")
+    @classmethod
+    def _not_beside_continuing(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("continue_final_message"):
+            raise ValueError("is true, expected false beside continue_final_message: true")
+        return value
+
+    @field_validator("tools", "chat_template_kwargs", "continue_final_message")
     @classmethod
     def _for_chats(cls, value: Any, info: ValidationInfo) -> Any:
         if info.data.get("prompt") is not None:
@@ -61,6 +69,7 @@ def tokenize(body: TokenizeBody, model: ServedModel) -> dict[str, Any]:
             messages=body.messages,
             tools=body.tools,
             add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
             chat_template_kwargs=body.chat_template_kwargs,
         )
         tokens = render(chat, model)

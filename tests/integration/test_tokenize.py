@@ -53,6 +53,7 @@ def test_a_prompt_may_be_longer_than_the_context(http: httpx.Client):
         ("/tokenize", {"prompt": "a", "tools": []}, "tools"),
         ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"prompt": "a", "max_tokens": 1}, "max_tokens"),
+        ("/tokenize", {"prompt": "a", "continue_final_message": True}, "continue_final_message"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens.0"),
         ("/detokenize", {"tokens": [2**31 - 1]}, "tokens"),

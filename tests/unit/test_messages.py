@@ -142,6 +142,21 @@ def test_thinking_is_off_unless_it_is_asked_for():
     assert "</think>" in end_of_prompt() and "</think>" not in end_of_prompt(thinking={"type": "adaptive"})
 
 
+def test_effort_is_a_budget():
+    def budget(effort: str) -> Any:
+        made = message(thinking={"type": "adaptive", "display": "summarized"}, output_config={"effort": effort})
+        return made.requests[0].params.thinking
+
+    assert budget("low").num_tokens < budget("medium").num_tokens and budget("max") is None
+
+
+def test_the_form_of_the_answer_is_a_grammar():
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
+    made = message(output_config={"format": {"type": "json_schema", "schema": schema}})
+    assert made.constraint is not None and made.constraint.param == "output_config.format.schema"
+    assert made.requests[0].params.grammar is not None
+
+
 def test_a_tool_that_must_be_used_is_a_grammar():
     for choice in ({"type": "any"}, {"type": "tool", "name": "now"}):
         made = message(tools=TOOLS, tool_choice=choice)
@@ -171,6 +186,9 @@ def test_an_answer_that_has_begun_goes_on():
         ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
+        ({"output_config": {"effort": "low"}}, "output_config"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "output_config.format.schema"),
         ({"stop_sequences": list("abcde")}, "stop_sequences"),
         ({"temperature": 3}, "temperature"),
         ({"n": 2}, "n"),

@@ -13,6 +13,7 @@ from serve_app.openai.chat_protocol import ChatBody
 from serve_app.openai.endpoint import ServedModel
 from serve_app.openai.errors import ApiError
 from serve_app.openai.sampling import GenerationDefaults
+from serve_app.openai.tokenize import TokenizeBody, tokenize
 from tests.unit.test_openai_completions import MODEL, TOKENIZER, completions, run
 
 PROMPT = TOKENIZER.encode_chat([{"role": "user", "content": "Hi"}])
@@ -107,3 +108,10 @@ def test_other_servers_names_are_known():
     assert made.text_options.include_stop and run(made, [[8]], [])[0][0]["id"] == "chatcmpl-mine"
     with pytest.raises(ApiError, match="n_predict"):
         chat(n_predict=7, max_tokens=8)
+
+
+def test_an_answer_that_goes_on_is_tokenized_as_in_a_chat():
+    fields = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well, I"}]}
+    fields |= {"continue_final_message": True}
+    found = tokenize(parse_body(msgspec.json.encode(fields), TokenizeBody), MODEL)
+    assert found["tokens"] == chat(**fields).requests[0].prompt_token_ids

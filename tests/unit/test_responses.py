@@ -174,6 +174,13 @@ def test_the_form_of_the_answer_is_a_grammar():
     assert made.constraint is not None and whole(made, "x")["tool_choice"] == allowed
 
 
+def test_hints_that_need_nothing_change_nothing():
+    hints = {"include": ["reasoning.encrypted_content"], "reasoning": {"summary": "auto"}}
+    made = responses(stream_options={"include_obfuscation": False}, **hints)
+    assert made.requests[0].prompt_token_ids == responses().requests[0].prompt_token_ids
+    assert comparable(whole(made, THOUGHT + "Hi")) == comparable(whole(responses(), THOUGHT + "Hi"))
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -181,7 +188,8 @@ def test_the_form_of_the_answer_is_a_grammar():
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "x"}, "conversation"),
         ({"background": True}, "background"),
-        ({"include": ["reasoning.encrypted_content"]}, "include"),
+        ({"include": ["message.output_text.logprobs"]}, "include.0"),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"truncation": "auto"}, "truncation"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 10**6}, "max_output_tokens"),
@@ -195,7 +203,7 @@ def test_the_form_of_the_answer_is_a_grammar():
         ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format.schema"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
-        ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
+        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
         ({"wanted": []}, "input"),
         ({"wanted": 5}, "input"),
         ({"wanted": "x y " * 5000}, "input"),
