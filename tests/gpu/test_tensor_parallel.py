@@ -1,4 +1,4 @@
-"""Two GPUs against one: the same tokens, with graphs or without, and the end when a rank dies."""
+"""Two GPUs against one: the same tokens, with graphs or without, with adapters, and the end when a rank dies."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ import torch
 from engine.errors import EngineDeadError
 from engine.llm import LLM
 from engine.request import SamplingParams
+from tests.adapters import make_adapter
 from tests.tiny_models import make_tiny_qwen3
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -23,7 +24,9 @@ PARAMS = [
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("gpu")
-    make_tiny_qwen3(path, vocab_size=256, hidden_size=256, head_dim=64, num_attention_heads=4)
+    model = make_tiny_qwen3(path, vocab_size=256, hidden_size=256, head_dim=64, num_attention_heads=4)
+    for seed in (1, 2):
+        make_adapter(path / "adapters" / f"a{seed}", model, seed=seed)
     return path
 
 
@@ -41,6 +44,16 @@ def test_two_ranks_draw_what_one_does(checkpoint, config):
     one, two = make_llm(checkpoint, **config), make_llm(checkpoint, tensor_parallel_size=2, **config)
     torch.testing.assert_close(two.logits(PROMPTS[1]), one.logits(PROMPTS[1]), atol=1e-3, rtol=1e-3)
     assert tokens(two) == tokens(one)
+    two.engine.close()
+
+
+@pytest.mark.parametrize("config", [{}, {"enforce_eager": True}], ids=str)
+def test_adapters_are_divided_too(checkpoint, config):
+    """One place for two of them: the one in use makes way between steps."""
+    config |= {"max_loras": 1, "lora_folder": str(checkpoint / "adapters")}
+    one, two = make_llm(checkpoint, **config), make_llm(checkpoint, tensor_parallel_size=2, **config)
+    expected, found = (llm.generate(PROMPTS, PARAMS, adapter=["a1", "", "a2"]) for llm in (one, two))
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
     two.engine.close()
 
 
