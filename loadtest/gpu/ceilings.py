@@ -43,25 +43,21 @@ def matmul_rate() -> float:
     return 2 * 8192**3 / median_s(lambda: torch.mm(a, b, out=out))
 
 
+def output_of(*command: str) -> str:
+    """What a command prints, or "unknown" where it is not installed or fails: a copy of the tree may have no git."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
 def describe() -> dict[str, Any]:
     """The run's surroundings and ceilings."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    ).stdout.strip()
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
-        "commit": commit or "unknown",
+        "commit": output_of("git", "rev-parse", "--short", "HEAD"),
         "gpu": torch.cuda.get_device_name(),
-        "driver": driver or "unknown",
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "time": time.strftime("%Y-%m-%d %H:%M"),

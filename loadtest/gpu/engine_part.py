@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torch.profiler import ProfilerActivity, profile
+
 from engine import LLM, EngineRequest, SamplingParams
 from loadtest.gpu.models import QWEN3_0_6B, QWEN3_8B, Shape, make_llm
 from loadtest.gpu.results import Group, Record, Row, attempt
@@ -48,12 +50,14 @@ class Workload:
 
 
 def groups() -> dict[str, Group]:
-    """One engine each: plain ones first, then what graphs, overlapped steps and FP8 are worth."""
+    """One engine each: plain ones first, where their time goes, then what graphs, overlapped steps and FP8 are worth."""
     long = {"max_model_len": 16_384}
     found: dict[str, Group] = {
         QWEN3_0_6B.name: partial(measure_variant, QWEN3_0_6B, "", (1, 8, 32, 128, 256), config=long),
         QWEN3_8B.name: partial(measure_variant, QWEN3_8B, "", (1, 32, 128), config=long),
     }
+    for shape in (QWEN3_0_6B, QWEN3_8B):
+        found[f"{shape.name}, kernels of a step"] = partial(profile_steps, shape, (1, 128))
     variants = [(QWEN3_0_6B, variant, (1, 128, 256)) for variant in VARIANTS] + [(QWEN3_8B, FP8, (1, 32, 128))]
     for shape, variant, streams in variants:
         measure = partial(measure_variant, shape, variant, streams, config=VARIANTS[variant])
@@ -151,13 +155,64 @@ def _row(num_tokens: int, seconds: float, floor_s: float) -> Row:
     }
 
 
-def decode_step_s(llm: LLM, count: int, context: int, num_tokens: int) -> float:
-    """Median seconds a decode step with this many streams."""
+def profile_steps(
+    shape: Shape,
+    streams: tuple[int, ...],
+    surroundings: dict[str, Any],
+    record: Record,
+    workload: Workload | None = None,
+    config: dict[str, Any] | None = None,
+) -> None:
+    """Where the time of a decode step goes, kernel by kernel; the profiler adds some of its own."""
+    del surroundings
+    context = (workload or Workload()).context
+    with tempfile.TemporaryDirectory() as folder:
+        llm = make_llm(shape, Path(folder), **({"max_model_len": 4096} | (config or {})))
+        for count in streams:
+            what = {"model": shape.name, "what": f"kernels of a step, {count} streams, context {context}"}
+            attempt(record, what, partial(_kernels_of_a_step, llm, count, context))
+
+
+def _kernels_of_a_step(llm: LLM, count: int, context: int) -> Row:
+    on_cuda = llm.engine.runner.device.type == "cuda"
+    num_steps = 16
+    add_streams(llm, count, context, 3 * num_steps)
+    while len(llm.engine.step()) < count:
+        pass  # prompts
+    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiler:
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            llm.engine.step()
+        seconds = (time.perf_counter() - start) / num_steps
+    while llm.engine.has_work:
+        llm.engine.step()
+    kernels = [
+        {
+            "name": event.key[:120],
+            "launches": event.count / num_steps,
+            "seconds": (event.self_device_time_total if on_cuda else event.self_cpu_time_total) / 1e6 / num_steps,
+        }
+        for event in profiler.key_averages()
+    ]
+    kernels = sorted((own for own in kernels if own["seconds"]), key=lambda own: -own["seconds"])
+    busy = sum(own["seconds"] for own in kernels)
+    for own in kernels[:12]:
+        print(f"{own['seconds'] * 1e6:9.1f} µs in {own['launches']:6.1f} launches of {own['name'][:80]}", flush=True)
+    return {"seconds": seconds, "busy_s": busy, "kernels": kernels}
+
+
+def add_streams(llm: LLM, count: int, context: int, num_tokens: int) -> None:
+    """Queue `count` requests with random prompts of one length."""
     generator = random.Random(count)
     for index in range(count):
         prompt = [generator.randrange(llm.engine.vocab_size) for _ in range(context)]
         params = SamplingParams(temperature=0.6, max_tokens=num_tokens, ignore_eos=True, seed=index)
         llm.engine.add_request(EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params))
+
+
+def decode_step_s(llm: LLM, count: int, context: int, num_tokens: int) -> float:
+    """Median seconds a decode step with this many streams."""
+    add_streams(llm, count, context, num_tokens)
     marks: list[float] = []
     while llm.engine.has_work:
         outputs = llm.engine.step()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.fused_moe import fused_moe, fused_moe_reference
+from kernels.linear import linear
 from kernels.qk_norm_rope_store import qk_norm_rope_store, qk_norm_rope_store_reference
 from kernels.quantize_weights import (
     dequantize_fp8_block,
@@ -44,6 +45,8 @@ class Sizes:
     head_dim: int = 128
     vocab: int = 151_936
     few_rows: int = 16
+    small: int = 2048
+    """Width of Qwen3-0.6B's query heads together; half of it is its hidden_size, one and a half times its MLP's."""
     experts: tuple[int, int, int] = (2048, 768, 128)
     """hidden_size, intermediate_size, number of experts."""
 
@@ -176,6 +179,32 @@ def _penalty_case(sizes: Sizes, device: str) -> Case:
     )
 
 
+def linear_cases(sizes: Sizes, device: str) -> list[Case]:
+    """Products in bfloat16, which are cuBLAS's, with as many rows as streams: most of a decode step."""
+    shapes = {
+        "qkv_proj": (2 * sizes.small, sizes.small // 2),
+        "o_proj": (sizes.small // 2, sizes.small),
+        "gate_up_proj": (3 * sizes.small, sizes.small // 2),
+        "down_proj": (sizes.small // 2, 3 * sizes.small // 2),
+        "lm_head": (sizes.vocab, sizes.small // 2),
+    }
+    cases = []
+    for name, (channels, inner) in shapes.items():
+        weight = randn(channels, inner, device=device) / inner**0.5
+        for num_rows in (1, sizes.few_rows, sizes.tokens[0]):
+            x = randn(num_rows, inner, device=device)
+            cases.append(
+                Case(
+                    f"{name} of Qwen3-0.6B, {num_rows} rows of {channels} x {inner}",
+                    lambda x=x, w=weight: linear(x, w),
+                    lambda x=x, w=weight: x.float() @ w.float().T,
+                    2 * (weight.numel() + x.numel() + num_rows * channels),
+                    2 * num_rows * weight.numel(),
+                )
+            )
+    return cases
+
+
 def product_cases(sizes: Sizes, device: str) -> list[Case]:
     """Quantized linear layers at few rows and, in FP8, at many."""
     weight = randn(2 * sizes.inner, sizes.hidden, device=device) / sizes.hidden**0.5
@@ -236,6 +265,7 @@ def moe_cases(sizes: Sizes, device: str) -> list[Case]:
 
 
 LAYER_CASES: dict[str, Callable[[Sizes, str], list[Case]]] = {
+    "products": linear_cases,
     "norms": norm_cases,
     "keys and values": store_cases,
     "sampling": sample_cases,

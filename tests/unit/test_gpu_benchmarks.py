@@ -37,6 +37,15 @@ def test_engine_rows(variant):
         assert row["share"] == pytest.approx(row["tokens_per_s"] / row["limit_tokens_per_s"])
 
 
+def test_kernels_of_a_step():
+    rows = []
+    config = {"device": "cpu", "max_num_seqs": 2, "max_model_len": 80, "kv_cache_memory": "4MiB"}
+    engine_part.profile_steps(TINY, (2,), CEILINGS, rows.append, WORKLOAD, config | {"show_progress": False})
+    [row] = rows
+    assert row["what"] == "kernels of a step, 2 streams, context 8" and row["kernels"][-1]["seconds"] > 0
+    assert sum(kernel["launches"] for kernel in row["kernels"]) > 10 and row["busy_s"] > 0
+
+
 def test_all_variants_are_configurations():
     fields = engine_part.LLM.__init__.__globals__["EngineConfig"].model_fields
     assert all(name in fields for config in engine_part.VARIANTS.values() for name in config)
@@ -153,7 +162,7 @@ def test_kernel_cases(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(kernels_part, "median_s", lambda run: len(run()) * 1e-6)
     sizes = Sizes(
-        tokens=(3, 20), hidden=256, inner=128, heads=4, kv_heads=2, vocab=300, few_rows=2, experts=(64, 32, 8)
+        tokens=(3, 20), hidden=256, inner=128, heads=4, kv_heads=2, vocab=300, few_rows=2, small=64, experts=(64, 32, 8)
     )  # fmt: skip
     cases = [case for make in LAYER_CASES.values() for case in make(sizes, "cpu")]
     cases += kernels_part.decode_cases(([5], [40, 3, 3]), "cpu") + kernels_part.prefill_cases((33,), "cpu")
