@@ -50,7 +50,7 @@ class Workload:
 
 
 def groups() -> dict[str, Group]:
-    """One engine each: plain ones first, where their time goes, then what graphs, overlapped steps and FP8 are worth."""
+    """One engine each: plain ones, where their time goes, then what graphs, overlapped steps and FP8 are worth."""
     long = {"max_model_len": 16_384}
     found: dict[str, Group] = {
         QWEN3_0_6B.name: partial(measure_variant, QWEN3_0_6B, "", (1, 8, 32, 128, 256), config=long),
