@@ -102,9 +102,16 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Its EngineStats, now."""
+        return self._ask("stats")
+
+    def refusal(self, num_tokens: int) -> str:
+        """Why it does not run a request with so long a prompt."""
+        return self._ask(f"request {num_tokens}")
+
+    def _ask(self, line: str) -> Any:
         if self._probe.stdin is None or self._probe.stdout is None:
             raise RuntimeError("the probe has no pipes")
-        self._probe.stdin.write("stats\n")
+        self._probe.stdin.write(f"{line}\n")
         self._probe.stdin.flush()
         return json.loads(self._probe.stdout.readline())
 

@@ -17,7 +17,7 @@ import pytest
 from openai import AuthenticationError, OpenAI
 
 from cluster.prometheus.server import Prometheus
-from tests.integration.conftest import ENGINE
+from tests.integration.conftest import ENGINE, Engine
 from tests.integration.server import SERVE_RUN, START_TIMEOUT_S, Server, free_ports
 
 SECRET = "xyzzy plugh"
@@ -35,6 +35,10 @@ def test_models(client: OpenAI, http: httpx.Client):
 def test_health_and_version(http: httpx.Client):
     assert http.get("/health").status_code == 200
     assert http.get("/version").json()["version"]
+
+
+def test_a_request_of_more_than_grpcs_4_mib_reaches_the_engine(engine: Engine):
+    assert engine.refusal(3 * 2**20).startswith("the prompt has 3145728 tokens")
 
 
 def test_a_request_id_is_echoed_or_made(http: httpx.Client):
