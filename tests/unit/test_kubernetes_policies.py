@@ -1,5 +1,6 @@
 """k8s/: what no schema asks for. Pods have no privileges, limits, probes and time to drain; the network is closed."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -112,8 +113,26 @@ def test_there_is_time_to_drain(overlay: str):
         command, seconds = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         assert (ROOT / "k8s" / command).is_file()
         assert longest <= int(seconds) < pod["terminationGracePeriodSeconds"]
-    # After an upgrade the old cluster finishes what it has.
+    # After an upgrade the old cluster finishes what it has, and so does an HAProxy that a new one has replaced.
     assert spec["rayClusterDeletionDelaySeconds"] > longest
+    assert int(ray_variables("Dockerfile")["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) >= longest
+
+
+def ray_variables(file: str) -> dict[str, str]:
+    """Ray's environment variables that a file sets as NAME=VALUE."""
+    return dict(re.findall(r"\b(RAY_\w+)=(\S+)", (ROOT / file).read_text()))
+
+
+def test_the_image_runs_ray_as_make_serve_does(overlay: str):
+    of_one_machine = {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S",
+        "RAY_SERVE_HAPROXY_BINARY_PATH",
+    }
+    expected = {name: value for name, value in ray_variables("Makefile").items() if name not in of_one_machine}
+    assert expected.items() <= ray_variables("Dockerfile").items()
+    environments = [container.get("env", []) for _, container in containers(overlay)]
+    assert not [each["name"] for environment in environments for each in environment if each["name"] in expected]
 
 
 def test_the_head_runs_no_replicas_and_survives(overlay: str):
