@@ -5,9 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-# Ray Serve's fast path: HAProxy in front, one event loop for router and replica, and replicas give way to no other
-# process, and a replaced HAProxy lets its streams end. See docs/notes.md. The last two keep everything that Ray starts on loopback. `env`, so that no shell stands
-# between make and its signals.
+# Ray Serve's fast path: HAProxy in front, one event loop for router and replica, replicas give way to no other process,
+# and an HAProxy that was replaced lets its streams end. See docs/notes.md. The last two keep everything that Ray starts
+# on loopback. `env`, so that no shell stands between make and its signals.
 SERVE_ENV = RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1 RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=0 \
 	RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=0 \
 	RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.ray_headers:middlewares RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S=600 \
