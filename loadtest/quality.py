@@ -8,20 +8,25 @@ share of questions that it answers right. A small model has little to spare, so 
 import argparse
 import json
 import math
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from engine import LLM, SamplingParams  # first: it sets OpenMP's waiting before torch is loaded
 
+import gguf  # isort: skip
 import torch  # isort: skip
 import torch.nn.functional as F  # isort: skip
 from transformers import PreTrainedTokenizerFast  # isort: skip
 
 from engine.layers.quantized_linear import Fp8BlockLinear, QuantizedLinear
-from engine.weights.quantized_formats import RoundWhenLoaded
-from kernels.quantize_weights import quantize_fp8_block
+from engine.weights.gguf_folder import gguf_folder
+from engine.weights.quantized_formats import GGUF_BLOCKS, RoundWhenLoaded
+from kernels.quantize_weights import BLOCK, quantize_fp8_block
+from loadtest.demo_gguf import write
 
 DEMO = Path(__file__).parents[1] / "engine" / "weights" / "demo"
 sys.path.insert(0, str(DEMO))  # the demo model's chats are scripts beside it, no package
@@ -47,7 +52,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "FP8": {"dtype": "bfloat16", "quantization": "fp8"},
     "FP8, FP8 KV cache": {"dtype": "bfloat16", "quantization": "fp8", "kv_cache_dtype": "fp8"},
     "int4": {"dtype": "bfloat16", "quantization": "int4"},
+    "GGUF, Q8_0": {"dtype": "bfloat16", "model": "Q8_0"},
+    "GGUF, Q4_0": {"dtype": "bfloat16", "model": "Q4_0"},
 }
+"""Fields of EngineConfig, but for `model`: the type of the weights in a GGUF file that the demo model is written to."""
 
 
 def main() -> None:
@@ -81,6 +89,11 @@ def layer_errors(out_features: int, in_features: int) -> dict[str, float]:
     codes, scale = quantize_fp8_block(weight)
     blocks = {"weight": codes, "weight_scale": scale}
     outputs["FP8, a scale a block"] = filled(Fp8BlockLinear, weight, blocks)(x)
+    for type_id, stored in GGUF_BLOCKS.items():
+        kind = gguf.GGMLQuantizationType(type_id)
+        encoded = torch.from_numpy(gguf.quants.quantize(weight.numpy(), kind))
+        values = stored.convert({"weight": encoded.view(out_features, in_features // BLOCK, -1)})
+        outputs[f"GGUF, {kind.name}"] = filled(stored.layer, weight, values)(x)
     return {label: ((y - exact).norm() / exact.norm()).item() for label, y in outputs.items()}
 
 
@@ -107,7 +120,7 @@ def print_demo_quality(questions: int) -> None:
     print("| --- | ---: | ---: | ---: |")
     results, reference = [], None
     for label, config in VARIANTS.items():
-        llm = LLM("demo", show_progress=False, **config)
+        llm = open_demo(**config)
         logprobs = reply_logprobs(llm, prompts, replies)
         reference = logprobs if reference is None else reference
         right, _, _ = score(chats, generate(llm, prompts, SamplingParams(temperature=0, max_tokens=LONGEST_REPLY)))
@@ -116,6 +129,17 @@ def print_demo_quality(questions: int) -> None:
         results.append({"variant": label, "perplexity": perplexity, "logprob_change": change, "right": right})
     for result in results:
         print(json.dumps(result))
+
+
+def open_demo(model: str = "demo", **config: Any) -> LLM:
+    """The demo model; model: `demo`, or the type of the weights in a GGUF file that is made of it."""
+    if model == "demo":
+        return LLM(model, show_progress=False, **config)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = gguf_folder(write(Path(scratch, "demo.gguf"), gguf.GGMLQuantizationType[model]))
+        llm = LLM(str(folder), show_progress=False, **config)
+    shutil.rmtree(folder)  # its links lead nowhere now
+    return llm
 
 
 def reply_logprobs(llm: LLM, prompts: list[str], replies: list[str]) -> torch.Tensor:

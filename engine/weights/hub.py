@@ -72,7 +72,8 @@ def _local_directory(model: str) -> Path | None:
 
 def _download(model: str, revision: str | None) -> Path:
     """Fetch what is missing of a hub repository into the hub's cache. A connection that breaks is taken up again where
-    it broke; a download that is started anew keeps the files that are complete."""
+    it broke. A download that is started anew keeps the files that are complete, and no others: the library gives each
+    try a file of its own, as two processes may write to one where locks do not hold."""
     from huggingface_hub import snapshot_download
 
     repository, _, variant = model.partition(":")

@@ -17,8 +17,8 @@ from engine.weights import gguf_quantized
 from engine.weights.gguf_checkpoint import GgufCheckpoint
 from engine.weights.gguf_folder import gguf_folder
 from kernels.cpu_build import load_library
+from loadtest.demo_gguf import DEMO, tokens_and_kinds
 from tests.tiny_models import make_tiny_model
-from tests.unit.test_gguf import DEMO, tokens_and_kinds
 
 F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
