@@ -77,7 +77,7 @@ def write(folder, family, kind=F32, **changes):
     reference = make_tiny_model(
         folder / "made", config_class, vocab_size=len(tokens), **(SIZES | overrides | changes.get("sizes", {}))
     )
-    config = json.loads((folder / "made" / "config.json").read_text()) | overrides
+    config = json.loads((folder / "made" / "config.json").read_text()) | overrides | changes.get("sizes", {})
     writer = gguf.GGUFWriter(folder / "model.gguf", gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_context_length(512)
     writer.add_embedding_length(config["hidden_size"])

@@ -127,10 +127,11 @@ for folder in folders:
 
 
 def test_resident_memory_is_the_blocks(tmp_path):
-    """Within 5 % of the arithmetic: 34 or 18 bytes for 32 weights."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2}
-    kinds = ("Q8_0", "Q4_0")
-    paths = [write(tmp_path / name, "qwen2", KINDS[name], sizes=sizes)[0] for name in kinds]
+    """Within 5 % of the arithmetic: 34 or 18 bytes for 32 weights, of linear layers and of experts."""
+    dense = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2}
+    experts = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 8, "num_hidden_layers": 2}
+    cases = (("qwen2", "Q8_0", dense), ("qwen2", "Q4_0", dense), ("qwen3moe", "Q4_0", experts))
+    paths = [write(tmp_path / f"{family} {kind}", family, KINDS[kind], sizes=sizes)[0] for family, kind, sizes in cases]
     folders = [str(gguf_folder(path)) for path in paths]
     result = subprocess.run(
         [sys.executable, "-c", MEASURE.format(folders=folders)],
@@ -138,12 +139,16 @@ def test_resident_memory_is_the_blocks(tmp_path):
         env=os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    config = ModelConfig.from_dir(Path(folders[0]))
+    vocab_size = ModelConfig.from_dir(Path(folders[0])).vocab_size
     linear = 2 * (1024 * (1024 + 512 + 512) + 1024 * 1024 + 3 * 1024 * 2048)
-    unquantized = 2 * (2 * config.vocab_size * 1024 + 5 * 1024 + 2 * 2048)
-    for line, num_bytes in zip(result.stdout.splitlines(), (34, 18), strict=True):
+    unquantized = 2 * (2 * vocab_size * 1024 + 5 * 1024 + 2 * 2048)
+    expected = [linear * 34 // 32 + unquantized, linear * 18 // 32 + unquantized]
+    # Four heads of 32, two of keys and values, eight experts; tied embeddings, routers, norms.
+    linear = 2 * (512 * (128 + 64 + 64) + 128 * 512 + 8 * 3 * 512 * 512)
+    unquantized = 2 * (vocab_size * 512 + 2 * 8 * 512 + 5 * 512 + 2 * 2 * 32)
+    expected.append(linear * 18 // 32 + unquantized)
+    for line, wanted, (family, kind, _) in zip(result.stdout.splitlines(), expected, cases, strict=True):
         parameters, resident = json.loads(line)
-        expected = linear * num_bytes // 32 + unquantized
-        print(f"{num_bytes} bytes a block: {expected / 2**20:.1f} MiB expected, {resident / 2**20:.1f} resident")
-        assert parameters == expected
-        assert resident == pytest.approx(expected, rel=0.05)
+        print(f"{family} {kind}: {wanted / 2**20:.1f} MiB expected, {resident / 2**20:.1f} resident")
+        assert parameters == wanted
+        assert resident == pytest.approx(wanted, rel=0.05)
