@@ -132,7 +132,7 @@ def service(path: str) -> Iterator[str]:
         "name": "bench",
         "route_prefix": "/",
         "import_path": "loadtest.bench_stream:build_app",
-        "args": {"path": path, "service": {"engine": engine}},
+        "args": {"path": path, "service": {"engine": engine, "slo": {"ttft_s": 60}}},  # none is refused
     }
     values = {
         "proxy_location": "HeadOnly",
