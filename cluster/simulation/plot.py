@@ -53,8 +53,9 @@ def _draw_trade(axes: Axes, comparison: dict[str, Any]) -> None:
         size = 150 if mark == "*" else 25
         hours = [result.hours for result in results]
         axes.scatter(hours, [100 * result.attainment for result in results], marker=mark, s=size, label=name)
-    best = max(comparison["ours"].attainment, *(each.attainment for each in comparison["Serve's default"]))
-    axes.set(xlabel="replica-hours", ylabel="% of requests within the SLO", ylim=(100 * best - 25, 100 * best + 2))
+    ours = comparison["ours"].attainment
+    best = max(ours, *(each.attainment for kind in ("Serve's default", "foresight") for each in comparison[kind]))
+    axes.set(xlabel="replica-hours", ylabel="% of requests within the SLO", ylim=(100 * ours - 5, 100 * best + 1))
     axes.set_xlim(0, 2.5 * comparison["ours"].hours)
     axes.legend(fontsize="small", loc="lower right")
     axes.grid(alpha=0.3)
