@@ -18,7 +18,7 @@ export class Chat {
 
   /**
    * @param {Settings} settings
-   * @param {{name: () => string, maxLength: () => number}} model what is chosen.
+   * @param {{name: () => string, maxLength: (name: string) => number}} model what is chosen; how much a model reads.
    * @param {() => void} keyNeeded called when the server wants another key.
    */
   constructor(settings, model, keyNeeded) {
@@ -224,7 +224,7 @@ export class Chat {
 
   #showContext(answer) {
     const used = answer.usage?.total_tokens;
-    const most = this.model.maxLength();
+    const most = this.model.maxLength(answer.request.model);
     const isKnown = used && most;
     byId("context").textContent = isKnown ? `${used.toLocaleString("en")} of ${most.toLocaleString("en")} tokens` : "";
   }

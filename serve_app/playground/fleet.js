@@ -78,47 +78,51 @@ class ModelView {
     prefill: new Figure("Prefill", "prompt tokens a second, all replicas"),
   };
   #rows = element("tbody");
+  #table = element("table.replicas");
   #views = new Map();
   #note = element("p.help");
 
   constructor(name) {
     const head = ["Replica", "State", "Running", "Waiting", "KV in use", "Step", "Prefill", "Last report"];
+    this.#table.append(
+      element("caption.hidden", {}, `Replicas of ${name}`),
+      element("thead", {}, element("tr", {}, ...head.map((text) => element("th", { scope: "col" }, text)))),
+      this.#rows,
+    );
     this.root = element(
       "section.fleet-model",
       { "aria-label": name },
       element("h2", {}, name),
       element("div.figures", {}, ...Object.values(this.#figures).map((figure) => figure.root)),
-      element(
-        "table.replicas",
-        {},
-        element("caption.hidden", {}, `Replicas of ${name}`),
-        element("thead", {}, element("tr", {}, ...head.map((text) => element("th", { scope: "col" }, text)))),
-        this.#rows,
-      ),
+      this.#table,
       this.#note,
     );
   }
 
   show(model) {
-    const loads = model.replicas.map((replica) => replica.load).filter((load) => load !== null);
+    const target = model.target_num_replicas;
+    const isTold = target !== null; // Ray Serve's controller answers: who has no state there is gone
+    const present = model.replicas.filter((replica) => replica.state !== null || !isTold);
+    const loads = present.map((replica) => replica.load).filter((load) => load !== null);
     const sum = (value) => loads.reduce((total, load) => total + value(load), 0);
-    const running = model.replicas.filter((replica) => replica.state === "RUNNING").length;
+    const running = isTold ? present.filter((replica) => replica.state === "RUNNING").length : loads.length;
     const blocks = sum((load) => load.num_blocks);
     const used = blocks - sum((load) => load.num_free_blocks);
-    const target = model.target_num_replicas;
-    this.#figures.replicas.show(running, target === null ? String(running) : `${running} of ${target}`);
+    this.#figures.replicas.show(running, isTold ? `${running} of ${target}` : String(running));
     this.#figures.running.show(sum((load) => load.num_running));
     this.#figures.waiting.show(model.num_queued + sum((load) => load.num_waiting));
     this.#figures.kv.show(blocks ? used / blocks : 0, percent(blocks ? used / blocks : 0));
     const prefill = sum((load) => load.prefill_tokens_per_s);
     this.#figures.prefill.show(prefill, rate(prefill));
-    this.#showReplicas(model.replicas);
+    this.#showReplicas(model.replicas, isTold);
     const { min_replicas: least, max_replicas: most } = model;
-    this.#note.textContent = scaling(least, most);
+    this.#table.hidden = model.replicas.length === 0;
+    const none = model.replicas.length === 0 && least === 0 ? "None runs: the next request starts one. " : "";
+    this.#note.textContent = none + scaling(least, most);
   }
 
   /** Rows stay as long as their replicas do: nothing jumps, and what is selected stays so. */
-  #showReplicas(replicas) {
+  #showReplicas(replicas, isTold) {
     const ids = new Set(replicas.map((replica) => replica.replica_id));
     for (const [id, row] of this.#views) {
       if (ids.has(id)) continue;
@@ -131,7 +135,7 @@ class ModelView {
         this.#views.set(replica.replica_id, row);
         this.#rows.append(row.root);
       }
-      this.#views.get(replica.replica_id).show(replica);
+      this.#views.get(replica.replica_id).show(replica, isTold);
     }
   }
 }
@@ -176,8 +180,8 @@ class ReplicaRow {
     );
   }
 
-  show({ state, age_s: age, load }) {
-    this.#state.textContent = (state ?? "gone").toLowerCase();
+  show({ state, age_s: age, load }, isTold) {
+    this.#state.textContent = state?.toLowerCase() ?? (isTold ? "gone" : "not known");
     this.root.classList.toggle("silent", age > STALE_S);
     this.root.classList.toggle("absent", load === null);
     this.#age.textContent = age === null ? "none yet" : `${age.toFixed(1)} s ago`;

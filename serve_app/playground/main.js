@@ -13,12 +13,13 @@ const THEMES = ["auto", "light", "dark"];
 const isNarrow = matchMedia("(max-width: 40rem)"); // as in the style sheets
 
 let models = [];
+let wanted = ""; // what the user chose, also while there is no list, as without a key
 
 const settings = new Settings(() => loadModels());
 const fleet = new Fleet();
 const chat = new Chat(
   settings,
-  { name: () => chosen()?.id ?? "", maxLength: () => chosen()?.max_model_len ?? 0 },
+  { name: () => chosen()?.id ?? "", maxLength: (name) => models.find(({ id }) => id === name)?.max_model_len ?? 0 },
   askForKey,
 );
 
@@ -38,6 +39,7 @@ async function loadModels() {
     return;
   }
   byId("model").replaceChildren(...models.map((model) => element("option", { value: model.id }, model.id)));
+  if (models.some((model) => model.id === wanted)) byId("model").value = wanted;
   byId("model").disabled = models.length < 2;
   settings.showDefaults(chosen()?.default_sampling_params);
 }
@@ -83,7 +85,10 @@ function nextTheme() {
   showTheme();
 }
 
-byId("model").addEventListener("change", () => settings.showDefaults(chosen()?.default_sampling_params));
+byId("model").addEventListener("change", () => {
+  wanted = byId("model").value;
+  settings.showDefaults(chosen()?.default_sampling_params);
+});
 byId("show-chat").addEventListener("click", () => showView("chat"));
 byId("show-fleet").addEventListener("click", () => showView("fleet"));
 byId("theme").addEventListener("click", nextTheme);

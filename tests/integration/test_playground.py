@@ -280,6 +280,51 @@ def test_a_key_is_asked_for_where_it_is_needed(page: Page):
     expect(page.locator("#model")).to_have_value("demo")
 
 
+def test_each_model_has_its_own_defaults_and_stays_chosen(page: Page):
+    models = [{"id": "demo", "max_model_len": 1024, "default_sampling_params": {"temperature": 0.7}}]
+    models += [{"id": "short", "max_model_len": 512, "default_sampling_params": {"temperature": 0.3, "max_tokens": 64}}]
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": models}))
+    page.reload()
+    expect(page.locator("#model option")).to_have_text(["demo", "short"])
+    page.select_option("#model", "short")
+    page.click("#toggle-settings")
+    expect(page.locator("#sampling-temperature")).to_have_attribute("placeholder", "0.3")
+    expect(page.locator("#sampling-max_tokens")).to_have_attribute("placeholder", "64")
+    with page.expect_response("**/v1/models"):  # another key, so the list is asked for again
+        page.fill("#api-key", KEY)
+        page.press("#api-key", "Enter")
+    expect(page.locator("#model")).to_have_value("short")
+    page.click("#close-settings")
+    usage = {"choices": [], "usage": {"total_tokens": 100, "prompt_tokens": 90, "completion_tokens": 10}}
+    events = f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=events))
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "Hello")
+    assert sent.value.post_data_json["model"] == "short"
+    expect(page.locator("#context")).to_have_text("100 of 512 tokens")
+
+
+def test_models_without_replicas_and_lost_replicas_are_shown(page: Page):
+    load = {"num_running": 2, "num_waiting": 1, "num_free_blocks": 30, "num_blocks": 40}
+    load |= {"step_s": 0.01, "prefill_tokens_per_s": 900.0}
+    live = {"replica_id": "aaa", "state": "RUNNING", "age_s": 0.1, "load": load}
+    lost = {"replica_id": "bbb", "state": None, "age_s": 9.0, "load": load}
+    many = {"name": "many", "num_queued": 0, "target_num_replicas": 2, "min_replicas": 1, "max_replicas": 4}
+    none = {"name": "none", "num_queued": 3, "target_num_replicas": 0, "min_replicas": 0, "max_replicas": 1}
+    models = [many | {"replicas": [live, lost]}, none | {"replicas": []}]
+    page.route("**/status", lambda route: route.fulfill(json={"models": models}))
+    page.click("#show-fleet")
+    first, second = page.locator(".fleet-model").nth(0), page.locator(".fleet-model").nth(1)
+    expect(first.locator(".figure", has_text="Replicas").locator("dd")).to_have_text("1 of 2")
+    expect(first.locator("tr.silent")).to_contain_text("gone")
+    expect(first.locator(".figure", has_text="Running").locator("dd")).to_have_text("2")  # of who is there
+    expect(second.locator("table")).to_be_hidden()
+    expect(second).to_contain_text("None runs: the next request starts one.")
+    models[0] |= {"replicas": [live | {"state": None}], "target_num_replicas": None}  # the controller does not answer
+    expect(first.locator("tbody tr")).to_have_count(1)
+    expect(first.locator("tbody tr")).to_contain_text("not known")
+
+
 def test_a_refusal_says_when_to_come_back(page: Page):
     page.route(
         "**/v1/chat/completions",
