@@ -22,7 +22,7 @@ from serve_app.openai.logprobs import chat_logprobs, prompt_logprobs
 from serve_app.openai.parsing.events import ContentText
 from serve_app.openai.parsing.output import Channel, OutputParser
 from serve_app.openai.prompts import truncate
-from serve_app.openai.sampling import choice_params, sampling_params, stop_expressions
+from serve_app.openai.sampling import beam_options, choice_params, sampling_params, stop_expressions
 from serve_app.openai.structured import constraint
 from serve_app.openai.tools import ToolUse
 
@@ -161,6 +161,7 @@ class Chat(ChunkStream):
             body.skip_special_tokens,
             body.include_stop_str_in_output,
             stop_expressions(body),
+            beams=beam_options(body, 1, self._model.info),
             choices_per_prompt=body.n,
             make_parser=partial(OutputParser, channel, self._tools.format, self._tools.schemas),
             most_calls=self._tools.most_calls,

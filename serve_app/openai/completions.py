@@ -24,7 +24,7 @@ from serve_app.openai.generation import Delta, TextOptions, Usage
 from serve_app.openai.logprobs import CompletionLogprobs, prompt_logprobs
 from serve_app.openai.parsing.output import Channel
 from serve_app.openai.prompts import fill_end_ids, read_prompt
-from serve_app.openai.sampling import choice_params, sampling_params, stop_expressions
+from serve_app.openai.sampling import beam_options, choice_params, sampling_params, stop_expressions
 from serve_app.openai.structured import constraint
 
 DEFAULT_MAX_TOKENS = 16
@@ -59,6 +59,7 @@ class Completions(ChunkStream):
             body.include_stop_str_in_output,
             stop_expressions(body),
             is_silent=body.max_tokens == 0,
+            beams=beam_options(body, len(body.prompts), model.info),
             choices_per_prompt=self._num_made,
         )
         self._key = new_id("cmpl")

@@ -9,6 +9,7 @@ from engine.detokenizer import Detokenizer, StopStrings
 from engine.request import EngineRequest, FinishReason, RequestOutput, RequestTimings, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from serve_app.engine_client import EngineClient
+from serve_app.openai.beam_search import BeamOptions, beam_search
 from serve_app.openai.errors import bad_request, internal_error, unavailable
 from serve_app.openai.parsing.events import ParserEvent
 from serve_app.openai.parsing.output import OutputParser
@@ -74,6 +75,8 @@ class TextOptions:
     """What ends the text where stop strings alone do not say; these are part of it then."""
     is_silent: bool = False
     """Whether nothing is wanted of the output: the request is for its prompt's log-probabilities."""
+    beams: BeamOptions | None = None
+    """The choices, which are of one prompt, are the likeliest that a beam search finds; None: they are sampled."""
     choices_per_prompt: int = 1
     make_parser: Callable[[], OutputParser] | None = None
     """Makes the parser of one choice."""
@@ -208,6 +211,7 @@ class Generation:
         self.usage = Usage(prompt_tokens)
         self._client = client
         self._requests = requests
+        self._beams = options.beams
         self._readers = [_Reader(index, request, tokenizer, options) for index, request in enumerate(requests)]
 
     def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -218,7 +222,14 @@ class Generation:
         Raises:
             ApiError: a choice was refused or failed; the others are aborted.
         """
+        if self._beams is not None:
+            return self._searched(self._beams)
         return self._choice(0) if len(self._requests) == 1 else self._merged()
+
+    async def _searched(self, options: BeamOptions) -> AsyncGenerator[Delta, None]:
+        async with aclosing(beam_search(self._client, self._requests, options)) as outputs:
+            async for index, output in outputs:
+                yield self._readers[index].read(output, self.usage)
 
     async def _choice(self, index: int) -> AsyncGenerator[Delta, None]:
         async with aclosing(self._client.generate(self._requests[index])) as outputs:

@@ -127,6 +127,10 @@ class GenerationBody(Body):
     logit_bias: Annotated[dict[str, Any], Field(max_length=1024)] | None = None
     allowed_token_ids: AllowedTokenIds | None = None
     bad_words: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=128)] | None = None
+    use_beam_search: bool = Field(False, description="answer with the n likeliest outputs that a search finds")
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(
+        None, description="of a beam's score: its log-probability over its length to the power of this; 1 by default"
+    )
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Annotated[str, Field(min_length=1, max_length=1024)] | StopList | None = None
     stop_regex: StopPattern | Annotated[list[StopPattern], Field(max_length=4)] | None = Field(

@@ -11,9 +11,20 @@ from engine.bad_words import bad_word_ids
 from engine.errors import CheckpointError, RequestError
 from engine.request import SamplingParams
 from engine.tokenizer import Tokenizer
+from serve_app.openai.beam_search import MAX_BEAMS, BeamOptions
 from serve_app.openai.errors import bad_request
 from serve_app.openai.protocol import GenerationBody
 from serve_app.openai.stop_patterns import StopExpressions
+from serve_app.wire import ModelInfo
+
+_BESIDE_BEAMS = frozenset(
+    "model messages prompt n max_tokens max_completion_tokens use_beam_search length_penalty ignore_eos "
+    "temperature seed priority cache_salt user metadata safety_identifier prompt_cache_key request_id "
+    "return_token_ids return_prompt_text skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens "
+    "truncation_side add_special_tokens add_generation_prompt continue_final_message chat_template_kwargs "
+    "include_reasoning separate_reasoning modalities".split()
+)
+"""Fields that a beam search knows. All others are about sampling, or about outputs that are seen as they grow."""
 
 
 class GenerationDefaults(BaseModel):
@@ -107,6 +118,30 @@ def stop_expressions(body: GenerationBody) -> StopExpressions | None:
         return StopExpressions(_as_tuple(body.stop), _as_tuple(body.stop_regex))
     except RequestError as error:
         raise bad_request(str(error), error.param) from None
+
+
+def beam_options(body: GenerationBody, num_prompts: int, info: ModelInfo) -> BeamOptions | None:
+    """How to search for the choices; None if they are sampled.
+
+    Raises:
+        ApiError: 400, a field does not go together with beam search.
+    """
+    if not body.use_beam_search:
+        if body.length_penalty is not None:
+            raise bad_request("length_penalty needs use_beam_search: true beside it", "length_penalty")
+        return None
+    fields = type(body).model_fields
+    for name in sorted(body.model_fields_set - _BESIDE_BEAMS):
+        if getattr(body, name) not in (fields[name].default, []):
+            raise bad_request(f"{name} is not supported together with use_beam_search", name)
+    if body.temperature:
+        raise bad_request(f"temperature is {body.temperature}, expected 0 beside use_beam_search", "temperature")
+    if body.n > MAX_BEAMS:
+        raise bad_request(f"n is {body.n}, expected at most {MAX_BEAMS} beside use_beam_search", "n")
+    if num_prompts > 1:
+        raise bad_request(f"there are {num_prompts} prompts, expected one beside use_beam_search", "prompt")
+    penalty = 1.0 if body.length_penalty is None else body.length_penalty
+    return BeamOptions(penalty, frozenset(() if body.ignore_eos else info.eos_token_ids), info.max_model_len)
 
 
 def choice_params(params: SamplingParams, index: int, **changes: Any) -> SamplingParams:

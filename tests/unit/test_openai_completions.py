@@ -335,7 +335,6 @@ def test_n_choices_have_seeds_of_their_own():
         ({"store": True}, "store"),
         ({"request_id": "two words"}, "request_id"),
         ({"logprob_token_ids": [5]}, "logprob_token_ids"),
-        ({"use_beam_search": True}, "use_beam_search"),
         ({"tools": []}, "tools"),
     ],
     ids=lambda value: str(value)[:60],

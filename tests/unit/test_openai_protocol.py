@@ -172,7 +172,7 @@ def test_a_wrong_prompt_is_pointed_at(prompt: Any, param: str):
 
 @pytest.mark.parametrize(
     "field",
-    "use_beam_search length_penalty prompt_embeds watermarking vllm_xargs kv_transfer_params repetition_detection "
+    "prompt_embeds watermarking vllm_xargs kv_transfer_params repetition_detection "
     "stream_interval session_id lora_path extra_key return_hidden_states return_meta_info chat_template "
     "mirostat dry_multiplier typical_p".split(),
 )
