@@ -52,6 +52,7 @@ def test_choices_are_ordered_by_prompt(client: OpenAI):
         {"echo": True, "logprobs": 2},
         {"n": 2, "temperature": 1, "seed": 5, "logprobs": 1, "echo": True},
         {"stop": ["e", "o "], "logprobs": 0, "max_tokens": 40},
+        {"stop": "zz", "logprobs": 0, "max_tokens": 40, "extra_body": {"stop_regex": ["[!?.]", "\\w+, "]}},
         {"n": 2, "extra_body": {"return_token_ids": True, "return_tokens_as_token_ids": True}, "logprobs": 0},
         {"echo": True, "logprobs": 1, "max_tokens": 0},
         {"suffix": "and after", "extra_body": {"min_tokens": 4, "include_stop_str_in_output": True}, "stop": " "},
@@ -107,6 +108,18 @@ def test_the_best_are_of_those_that_n_would_make(client: OpenAI):
     assert best.usage.completion_tokens == made.usage.completion_tokens == 64
 
 
+def test_a_search_answers_with_the_likeliest_first(client: OpenAI, tokenizer: Tokenizer):
+    asked = {"use_beam_search": True, "ignore_eos": True, "return_token_ids": True}
+    found = complete(client, n=3, max_tokens=5, extra_body=asked)
+    prompt = tokenizer.encode(PROMPT)
+    scored = complete(
+        client, [prompt + choice.token_ids for choice in found.choices], max_tokens=0, echo=True, logprobs=0
+    )
+    sums = [sum(choice.logprobs.token_logprobs[-5:]) for choice in scored.choices]
+    assert len(set(sums)) == 3 and sums == sorted(sums, reverse=True)
+    assert found.usage.completion_tokens == 15 and found.usage.prompt_tokens == len(prompt)
+
+
 def test_restrictions_hold(client: OpenAI, tokenizer: Tokenizer):
     digits = tokenizer.encode("0123456789")
     only = complete(client, temperature=1, extra_body={"allowed_token_ids": digits, "return_token_ids": True})
@@ -138,7 +151,7 @@ def test_a_truncated_prompt_is_what_is_left(client: OpenAI, tokenizer: Tokenizer
         ({"logprob_token_ids": [5]}, "logprob_token_ids"),
         ({"logprob_token_ids": [10**6], "logprobs": 1}, "logprob_token_ids"),
         ({"best_of": 2, "stream": True}, "best_of"),
-        ({"use_beam_search": True}, "use_beam_search"),
+        ({"use_beam_search": True, "stop": "x"}, "stop"),
     ],
     ids=str,
 )
