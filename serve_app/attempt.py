@@ -31,7 +31,8 @@ class ReplicaAttempt:
         self.avoid = avoid
         self.failure: ApiError | ReplicaLostError | None = None
         self._buffer = OutputBuffer()
-        self._ready = asyncio.Event()
+        self._news: asyncio.Future[None] | None = None
+        """What the reader waits for."""
         self._accepted = asyncio.Event()
 
     @property
@@ -50,11 +51,11 @@ class ReplicaAttempt:
     def put(self, output: RequestOutput) -> None:
         if self.failure is None and not self._buffer.is_finished:
             self._buffer.put(output)
-            self._ready.set()
+            self._wake()
 
     def put_whole(self, output: RequestOutput) -> None:
         if self.failure is None and self._buffer.put_whole(output):
-            self._ready.set()
+            self._wake()
 
     def accept(self) -> None:
         self._accepted.set()
@@ -67,7 +68,7 @@ class ReplicaAttempt:
         if self.failure is None and not self._buffer.is_finished:
             self.failure = failure
             self._accepted.set()
-            self._ready.set()
+            self._wake()
 
     async def outputs(self, patience_s: float) -> AsyncGenerator[RequestOutput, None]:
         """What was received since the last item, up to the output that has a finish reason.
@@ -84,9 +85,11 @@ class ReplicaAttempt:
                 await self._accepted.wait()
         except TimeoutError:
             raise unavailable() from None
+        loop = asyncio.get_running_loop()
         while True:
-            await self._ready.wait()
-            self._ready.clear()
+            if not self._buffer.has_news and self.failure is None:
+                self._news = loop.create_future()
+                await self._news
             if self._buffer.has_news:
                 output = self._buffer.take()
                 yield output
@@ -94,3 +97,8 @@ class ReplicaAttempt:
                     return
             if self.failure is not None:
                 raise self.failure
+
+    def _wake(self) -> None:
+        news, self._news = self._news, None
+        if news is not None and not news.done():  # a reader that was cancelled waits no more
+            news.set_result(None)
