@@ -111,7 +111,7 @@ class ModelView {
     this.#figures.replicas.show(running, isTold ? `${running} of ${target}` : String(running));
     this.#figures.running.show(sum((load) => load.num_running));
     this.#figures.waiting.show(model.num_queued + sum((load) => load.num_waiting));
-    this.#figures.kv.show(blocks ? used / blocks : 0, percent(blocks ? used / blocks : 0));
+    this.#figures.kv.show(blocks ? used / blocks : 0, blocks ? percent(used / blocks) : "–");
     const prefill = sum((load) => load.prefill_tokens_per_s);
     this.#figures.prefill.show(prefill, rate(prefill));
     this.#showReplicas(model.replicas, isTold);
