@@ -26,13 +26,16 @@ together. TPOT: (last chunk - first chunk) / (output tokens - 1). E2E: from send
 completed requests a second that kept every limit of the SLO. Attainment: their share of all but the cancelled.
 Dispatch lag: how much later than its trace wanted a request was sent."""
 STYLE = """body{font:14px system-ui;max-width:70rem;margin:2rem auto;padding:0 1rem}td,th{padding:.2rem .6rem;
-text-align:right}th{background:#eee}svg{max-width:100%}"""
+text-align:right;white-space:nowrap}th{background:#eee;white-space:normal}svg{max-width:100%}"""
 
 
 def write_report(path: Path, summary: dict[str, Any], samples: Sequence[Sample]) -> None:
     """Write the file."""
     title = f"Load test: {summary['kind']}, {summary['url']}"
     verdict = f"FAILED: {summary['missed']}" if summary["missed"] else "passed"
+    verdict += f". {_objective(summary['slo'])}"
+    if summary.get("knee"):
+        verdict += f" The knee is {summary['knee']['phase']}, with {summary['knee']['users']} users."
     rows = [_row(each) for each in [{"phase": "all", "users": ""} | summary, *summary["phases"]]]
     head = "".join(f"<th>{name}</th>" for name in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
@@ -40,9 +43,15 @@ def write_report(path: Path, summary: dict[str, Any], samples: Sequence[Sample])
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(title)}</h1><p><b>{html.escape(verdict)}</b></p><p>{DEFINITIONS}</p>"
         f"<table><tr>{head}</tr>{body}</table>{_plots(summary, samples)}"
-        f"<h2>Everything</h2><pre>{html.escape(json.dumps(summary, indent=1))}</pre></html>",
+        "<details><summary>Everything</summary>"
+        f"<pre>{html.escape(json.dumps(summary, indent=1))}</pre></details></html>",
         encoding="utf-8",
     )
+
+
+def _objective(slo: dict[str, float | None]) -> str:
+    limits = [f"{name.upper()} within {limit:g} ms" for name in ("ttft", "tpot", "e2e") if (limit := slo[f"{name}_ms"])]
+    return f"SLO: {' and '.join(limits) or 'completed'} for {slo['attainment']:.0%} of the requests."
 
 
 def _row(summary: dict[str, Any]) -> dict[str, Any]:

@@ -50,8 +50,13 @@ class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token: from sending to the first chunk with output."""
-        return self.chunk_s[0] if self.chunk_s else None
+        """Time to first token: from sending to the first chunk with output.
+
+        Tokens may have no text, such as special ones. An answer of nothing else came at its end at the latest.
+        """
+        if self.chunk_s:
+            return self.chunk_s[0]
+        return self.duration_s if self.outcome is Outcome.COMPLETED else None
 
     @property
     def tpot_s(self) -> float | None:

@@ -96,6 +96,8 @@ def test_measures_of_one_request():
     alone = sample(chunk_s=(0.2,), completion_tokens=1)
     assert alone.tpot_s is None and alone.itl_s == []
     assert sample(Outcome.REJECTED, chunk_s=(), completion_tokens=0).ttft_s is None
+    unseen = sample(chunk_s=(), completion_tokens=2)  # of tokens without text
+    assert unseen.ttft_s == unseen.duration_s and Slo(ttft_s=1.0).is_met(unseen) and not Slo(ttft_s=0.9).is_met(unseen)
 
 
 def test_percentiles_interpolate_and_nothing_has_none():
@@ -259,11 +261,13 @@ def test_the_report_holds_its_plots_and_escapes_what_the_service_said(tmp_path: 
     summary = whole | {
         "kind": "steady",
         "url": "http://x",
+        "slo": {"ttft_ms": 2000.0, "tpot_ms": 200.0, "e2e_ms": None, "attainment": 0.95},
         "missed": "",
         "phases": [{"phase": "steady", "users": 2} | whole],
     }
     write_report(tmp_path / "report.html", summary, samples)
     page = (tmp_path / "report.html").read_text()
+    assert "SLO: TTFT within 2000 ms and TPOT within 200 ms for 95% of the requests." in page
     assert page.count("<svg") == 1 and "<script>" not in page and "&lt;script&gt;" in page
     empty = summarize([], Slo(), 5.0)
     write_report(tmp_path / "empty.html", summary | empty | {"phases": [], "missed": "nothing ran"}, [])
