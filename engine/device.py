@@ -6,16 +6,19 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError
 from engine.model_config import ModelConfig
+from kernels.backend import HAS_TRITON
 
 HOST_KV_SHARE = 0.25
 """Part of the free host memory that KV blocks take on a CPU unless told otherwise."""
 
 
 def choose_device(config: EngineConfig) -> torch.device:
-    """Raises ConfigError if CUDA is asked for and there is none."""
+    """Raises ConfigError if CUDA is asked for and there is none, or there is and Triton is not."""
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
         raise ConfigError("device is 'cuda', but torch finds no CUDA device; expected one, or device: cpu")
+    if has_cuda and config.device != "cpu" and not HAS_TRITON:
+        raise ConfigError("CUDA needs Triton, which is not installed; expected `pip install triton`, or device: cpu")
     return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
 
 

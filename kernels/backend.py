@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-__all__ = ["CompileCase", "num_multiprocessors", "tl", "triton", "uses_triton"]
+__all__ = ["HAS_TRITON", "CompileCase", "num_multiprocessors", "tl", "triton", "uses_triton"]
 
 PLANNED_MULTIPROCESSORS = 132
 """Launches that no device serves (interpreted, or recorded for offline compilation) are planned for an H200."""

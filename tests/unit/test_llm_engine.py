@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from engine import EngineConfig
+from engine import EngineConfig, device
 from engine.config import parse_bytes
 from engine.errors import CheckpointError, ConfigError, QueueFullError, RequestError
 from engine.llm import LLM
@@ -243,6 +243,16 @@ def test_dummy_weights_need_no_checkpoint(tmp_path, checkpoint):
 def test_cuda_asked_for_and_missing(checkpoint):
     with pytest.raises(ConfigError, match="finds no CUDA device"):
         LLM(str(checkpoint), **(FIELDS | {"device": "cuda"}))
+
+
+def test_cuda_needs_triton(monkeypatch):
+    """Without it, operations would take paths for CPUs."""
+    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "HAS_TRITON", False)
+    assert device.choose_device(EngineConfig(device="cpu")).type == "cpu"
+    for choice in ("auto", "cuda"):
+        with pytest.raises(ConfigError, match="CUDA needs Triton, which is not installed"):
+            device.choose_device(EngineConfig(device=choice))
 
 
 @pytest.mark.parametrize(
