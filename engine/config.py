@@ -61,7 +61,9 @@ class EngineConfig(BaseModel):
         "on CUDA from compute capability 8.9",
     )
     attention_backend: Literal["auto", "torch", "triton", "flash"] = Field(
-        "auto", description="auto: Triton on CUDA; flash: the flash-attn library on CUDA, needs block_size: 256"
+        "auto",
+        description="auto: Triton on CUDA; torch: any heads, without CUDA graphs; flash: the flash-attn library on "
+        "CUDA, needs block_size: 256",
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory the engine may use")
     enable_prefix_caching: bool = Field(True, description="share KV blocks between requests with an equal beginning")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import AttentionBatch, create_backend
+from engine.attention.torch_backend import TorchAttention
 from engine.batch import BatchTables, HostBatch, StepInputs, StepOrder
 from engine.config import EngineConfig
 from engine.decode_graphs import Decoded, DecodeGraphs
@@ -99,7 +100,9 @@ class ModelRunner:
             staging=self._staging,
         )
         self._sampling = SamplingTable(config.max_num_seqs, vocab_size, self.device)
-        if self.device.type == "cuda" and not config.enforce_eager:
+        # A graph fits any lengths. Torch's attention would gather as many keys as requests may ever have, all at once.
+        by_torch = isinstance(self.backend, TorchAttention)
+        if self.device.type == "cuda" and not (config.enforce_eager or by_torch):
             self.use_decode_graphs(config, capture=True)
 
     @torch.inference_mode()
