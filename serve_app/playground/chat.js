@@ -18,8 +18,9 @@ export class Chat {
 
   /**
    * @param {Settings} settings
-   * @param {{name: () => string, maxLength: (name: string) => number}} model what is chosen; how much a model reads.
-   * @param {() => void} keyNeeded called when the server wants another key.
+   * @param {{name: () => string, whyNone: () => string, maxLength: (name: string) => number}} model
+   *   what is chosen, why there is nothing to choose, how much a model reads.
+   * @param {(message: string) => void} keyNeeded called when the server wants another key.
    */
   constructor(settings, model, keyNeeded) {
     this.settings = settings;
@@ -80,7 +81,7 @@ export class Chat {
   }
 
   #body(entries) {
-    if (!this.model.name()) throw new Error("There is no model yet.");
+    if (!this.model.name()) throw new Error(this.model.whyNone());
     const conversation = new Conversation();
     conversation.entries = entries;
     return {
@@ -132,7 +133,7 @@ export class Chat {
     }
     const later = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : "";
     answer.finish("error", error.message + later);
-    if (error instanceof ApiError && error.status === 401) this.keyNeeded();
+    if (error instanceof ApiError && error.status === 401) this.keyNeeded(error.message);
     if (!(error instanceof ApiError)) throw error; // a fault of this page, for its console too
   }
 

@@ -1,6 +1,6 @@
 // Puts the page together: the bar, the two views, the settings.
 
-import { ApiError, getJson } from "./api.js";
+import { ApiError, apiKey, getJson } from "./api.js";
 import { Chat } from "./chat.js";
 import { byId, element } from "./dom.js";
 import { Fleet } from "./fleet.js";
@@ -13,13 +13,18 @@ const THEMES = ["auto", "light", "dark"];
 const isNarrow = matchMedia("(max-width: 40rem)"); // as in the style sheets
 
 let models = [];
+let noModel = "There is no model yet.";
 let wanted = ""; // what the user chose, also while there is no list, as without a key
 
 const settings = new Settings(() => loadModels());
 const fleet = new Fleet();
 const chat = new Chat(
   settings,
-  { name: () => chosen()?.id ?? "", maxLength: (name) => models.find(({ id }) => id === name)?.max_model_len ?? 0 },
+  {
+    name: () => chosen()?.id ?? "",
+    whyNone: () => noModel,
+    maxLength: (name) => models.find(({ id }) => id === name)?.max_model_len ?? 0,
+  },
   askForKey,
 );
 
@@ -33,18 +38,25 @@ async function loadModels() {
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
     const isKey = error.status === 401;
+    models = [];
+    noModel = isKey ? "The server wants an API key; it goes into the settings." : "There is no model yet.";
+    byId("model").disabled = true;
     byId("model").replaceChildren(element("option", { value: "" }, isKey ? "needs a key" : "no model yet"));
-    if (isKey) askForKey();
+    if (isKey) askForKey(error.message);
     else setTimeout(loadModels, (error.retryAfter ?? 0) * 1000 || RETRY_MS);
     return;
   }
+  byId("api-key-fault").textContent = "";
   byId("model").replaceChildren(...models.map((model) => element("option", { value: model.id }, model.id)));
   if (models.some((model) => model.id === wanted)) byId("model").value = wanted;
   byId("model").disabled = models.length < 2;
   settings.showDefaults(chosen()?.default_sampling_params);
 }
 
-function askForKey() {
+function askForKey(message) {
+  // A first visit has no key that could be wrong.
+  const fault = apiKey.get() ? `The server does not take this key: ${message}` : "The server wants a key.";
+  byId("api-key-fault").textContent = fault;
   showSettings(true);
   byId("api-key").focus();
 }

@@ -274,10 +274,17 @@ def test_a_key_is_asked_for_where_it_is_needed(page: Page):
     page.route("**/v1/models", lambda route: route.fulfill(status=401, json=error))
     page.reload()
     expect(page.locator("#api-key")).to_be_focused()
+    expect(page.locator("#api-key-fault")).to_have_text("The server wants a key.")
+    page.fill("#api-key", "another")
+    page.press("#api-key", "Enter")
+    expect(page.locator("#api-key-fault")).to_contain_text("does not take this key")
+    ask(page, "Hello")
+    expect(page.locator("#notice")).to_contain_text("wants an API key")
     page.unroute("**/v1/models")
     page.fill("#api-key", KEY)
     page.press("#api-key", "Enter")
     expect(page.locator("#model")).to_have_value("demo")
+    expect(page.locator("#api-key-fault")).to_be_empty()
 
 
 def test_each_model_has_its_own_defaults_and_stays_chosen(page: Page):
