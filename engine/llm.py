@@ -46,6 +46,7 @@ class _Reader:
         self.completion = Completion(prompt_token_ids)
         self._detokenizer = Detokenizer(llm.tokenizer)
         self._stop = StopStrings(params.stop)
+        self._min_tokens = params.min_tokens
 
     def push(self, output: RequestOutput) -> str:
         """Take in an output. Returns the new text; the completion has a finish reason once it is whole."""
@@ -58,9 +59,14 @@ class _Reader:
         if output.prompt_logprobs is not None:
             completion.prompt_logprobs = output.prompt_logprobs
         shown = output.token_ids[:-1] if output.stop_token_id is not None else output.token_ids
-        text, matched = self._stop.push(self._detokenizer.push(shown))
+        num_free = max(0, self._min_tokens - len(completion.token_ids) + len(output.token_ids))
+        text = self._detokenizer.push(shown[:num_free])
+        found, matched = self._stop.push(self._detokenizer.push(shown[num_free:]))
+        text += found
         if matched is None and output.finish_reason is not None:
-            rest, matched = self._stop.push(self._detokenizer.flush())
+            rest = self._detokenizer.flush()
+            if len(completion.token_ids) > self._min_tokens:
+                rest, matched = self._stop.push(rest)
             text += rest if matched is not None else rest + self._stop.flush()
         completion.text += text
         if matched is not None:

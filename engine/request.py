@@ -65,7 +65,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_tokens: int | None = 16
     """Most tokens to generate; None goes on to the end of the context."""
     min_tokens: int = 0
-    """End-of-sequence and stop tokens are impossible before so many tokens."""
+    """End-of-sequence and stop tokens are impossible before so many tokens, and no text among them is a `stop`."""
     stop: tuple[str, ...] = ()
     """Texts that end the output; not part of it. Applied by whoever turns ids into text."""
     stop_token_ids: tuple[int, ...] = ()

@@ -160,6 +160,15 @@ def test_prefill_state_is_seen_in_chunks(checkpoint):
     assert engine.stats().num_prefill_tokens == 4  # 4 of 9 are done, and the last one is no wait
 
 
+def test_no_text_stops_an_output_before_its_least_tokens(llm):
+    def text(**params: object) -> str:
+        params = {"temperature": 0, "max_tokens": 8, "ignore_eos": True} | params
+        return llm.generate([[1, 2, 3]], SamplingParams(**params))[0].text
+
+    whole = text()
+    assert text(stop=(whole[0],)) == "" and text(stop=(whole[0],), min_tokens=8) == whole
+
+
 def test_stop_token_and_length(llm):
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     whole = llm.generate([[1, 2, 3]], params)[0]
