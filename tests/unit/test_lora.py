@@ -317,19 +317,20 @@ def test_damaged_files_are_clear_errors(models, tmp_path):
         llm.load_adapter("bad", tmp_path)
 
 
-@pytest.mark.parametrize("num_bytes", [0, 5000])
-def test_a_file_that_is_shortened_while_it_is_read(models, tmp_path, monkeypatch, num_bytes):
-    shutil.copytree(models.folder / "one", tmp_path / "a")
-    file, check = tmp_path / "a" / "adapter_model.safetensors", adapter._tensor_names
+def test_a_file_that_is_shortened_while_it_is_read(models, tmp_path, monkeypatch):
+    llm, check = models.llm(lora_folder=str(tmp_path)), adapter._tensor_names
+    for num_bytes in (0, 5000):
+        folder = tmp_path / f"a{num_bytes}"
+        shutil.copytree(models.folder / "one", folder)
 
-    def check_and_shorten(*arguments):
-        found = check(*arguments)
-        os.truncate(file, num_bytes)
-        return found
+        def check_and_shorten(*arguments, file=folder / "adapter_model.safetensors", num_bytes=num_bytes):
+            found = check(*arguments)
+            os.truncate(file, num_bytes)
+            return found
 
-    monkeypatch.setattr(adapter, "_tensor_names", check_and_shorten)
-    with pytest.raises(RequestError, match=r"adapter 'a' cannot be used: .*safetensors: cannot be read"):
-        models.llm(lora_folder=str(tmp_path)).engine.find_adapter("a")
+        monkeypatch.setattr(adapter, "_tensor_names", check_and_shorten)
+        with pytest.raises(RequestError, match=rf"adapter 'a{num_bytes}' cannot be used: .*safetensors: cannot be read"):
+            llm.engine.find_adapter(folder.name)
 
 
 def test_an_engine_without_room_refuses_adapters(models):
