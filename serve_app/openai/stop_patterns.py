@@ -70,7 +70,7 @@ class StopExpressions:
     def _expression(self, pattern: str) -> _Part:
         try:
             tree = _parser.parse(pattern)
-            part = self._sequence(self._part(node, tree.state, tree.state.flags) for node in tree)
+            part = self._sequence(self._part(node, tree.state.flags) for node in tree)
         except (re.error, OverflowError) as error:
             raise _wrong(pattern, str(error)[:100]) from None
         except RecursionError:
@@ -81,30 +81,30 @@ class StopExpressions:
             raise _wrong(pattern, "it matches the empty text; expected at least one character")
         return part
 
-    def _part(self, node: tuple[Any, Any], state: Any, flags: int) -> _Part:
+    def _part(self, node: tuple[Any, Any], flags: int) -> _Part:
         """The part for a node of the parser's tree."""
         self._grow(1)
         kind, value = node
         if kind is _constants.LITERAL and not flags & re.IGNORECASE:
             return self._character(chr(value))
         if kind in (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN):
-            one = _compiler.compile(_parser.SubPattern(state, [node]), flags)
+            one = _compiler.compile(_parser.SubPattern(_parser.State(), [node]), flags)
             return self._place(one.fullmatch)
         if kind is _constants.BRANCH:
-            return _either([self._sequence(self._part(each, state, flags) for each in branch) for branch in value[1]])
+            return _either([self._sequence(self._part(each, flags) for each in branch) for branch in value[1]])
         if kind is _constants.SUBPATTERN:
             _, added, removed, inner = value
-            return self._sequence(self._part(each, state, (flags | added) & ~removed) for each in inner)
+            return self._sequence(self._part(each, (flags | added) & ~removed) for each in inner)
         if kind in (_constants.MAX_REPEAT, _constants.MIN_REPEAT):
-            return self._repeat(value, state, flags)
+            return self._repeat(value, flags)
         raise NotImplementedError(_UNSUPPORTED.get(kind, "an atomic group"))
 
-    def _repeat(self, value: tuple[int, int, Any], state: Any, flags: int) -> _Part:
+    def _repeat(self, value: tuple[int, int, Any], flags: int) -> _Part:
         least, most, inner = value
 
         def once() -> _Part:
             self._grow(1)
-            return self._sequence(self._part(each, state, flags) for each in inner)
+            return self._sequence(self._part(each, flags) for each in inner)
 
         needed = [once() for _ in range(least)]
         if most is _constants.MAXREPEAT:

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from engine.errors import RequestError
 from serve_app.openai.stop_patterns import MAX_MATCH_CHARS, MAX_SIZE, StopExpressions, StopPatterns
 
-ATOMS = st.sampled_from(["a", "b", "A", "\\n", ".", "[ab]", "[^a]", "\\w", "(?i:a)", "(?s:.)", "\\s", "ab"])
+ATOMS = st.sampled_from(
+    ["a", "b", "A", "\\n", ".", "[ab]", "[^a]", "\\w", "(?i:a)", "(?i:[a-b](?-i:[a])(?-i:b))", "(?s:.)", "\\s", "ab"]
+)
 EXPRESSIONS = st.recursive(
     ATOMS,
     lambda inner: st.one_of(
@@ -104,6 +106,8 @@ def test_a_match_that_never_ends_is_let_go():
         ("(?:(?:){4294967294})x", "steps"),
         ("((){500}){500}x", "steps"),
         ("a{99999999999}", "large"),
+        ("(?L)a", "flag"),
+        ("(?au)a", "flags"),
     ],
     ids=str,
 )
