@@ -6,22 +6,21 @@
 namespace {
 
 constexpr int GROUP = 16;  // outputs, that is rows of the weight, that a thread takes at a time
+constexpr int64_t AHEAD = 2048;  // elements from what is read to what is fetched, where a weight is read in its order
+constexpr int64_t IN_ORDER_ELEMENTS = 1 << 20;
+constexpr int64_t NEAR_BYTES = 32 << 10;  // of x that stay in a first-level cache while weights pass through it
 
-// output[row][o] for NUM_ROWS rows and the outputs from `first` on: as many as make LANES sums. Those past the last
-// output are computed from the last row of the weight and left out. in_features is a multiple of the unit's size.
-template <class T, int NUM_ROWS>
-inline void tile(const T* x, const T* weight, const T* bias, T* output, int64_t first, int64_t in_features,
-                 int64_t out_features) {
-    constexpr int NUM_OUTPUTS = LANES / NUM_ROWS;
-    const T* rows[NUM_OUTPUTS];
-    for (int o = 0; o < NUM_OUTPUTS; o++) rows[o] = weight + std::min(first + o, out_features - 1) * in_features;
-    Floats totals[LANES] = {};
+// output[row][o] for NUM_ROWS rows and the NUM_OUTPUTS outputs from `weight` on. Each is one running sum, whatever the
+// numbers are: a row's results do not depend on the rows beside it. in_features is a multiple of the unit's size.
+template <class T, int NUM_ROWS, int NUM_OUTPUTS>
+inline void tile(const T* x, const T* weight, const T* bias, T* output, int64_t in_features, int64_t out_features,
+                 int64_t ahead) {
+    Floats totals[NUM_ROWS * NUM_OUTPUTS] = {};
     for (int64_t i = 0; i < in_features; i += Unit<T>::SIZE) {
         typename Unit<T>::Values weights[NUM_OUTPUTS];
         for (int o = 0; o < NUM_OUTPUTS; o++) {
-            weights[o] = Unit<T>::get(rows[o] + i);
-            // What the next group begins with: rows are too short for the hardware to foresee them.
-            __builtin_prefetch(rows[o] + GROUP * in_features + i, 0, 2);
+            weights[o] = Unit<T>::get(weight + o * in_features + i);
+            __builtin_prefetch(weight + o * in_features + i + ahead, 0, 2);
         }
         for (int row = 0; row < NUM_ROWS; row++) {
             typename Unit<T>::Values values = Unit<T>::get(x + row * in_features + i);
@@ -31,40 +30,50 @@ inline void tile(const T* x, const T* weight, const T* bias, T* output, int64_t 
             }
         }
     }
-    Floats results = sums(totals);
-    int count = static_cast<int>(std::min<int64_t>(NUM_OUTPUTS, out_features - first));
+    constexpr int NUM_RESULTS = NUM_ROWS * NUM_OUTPUTS;
+    alignas(64) float results[LANES];
+    if constexpr (NUM_RESULTS == LANES)
+        store(results, sums(totals));
+    else
+        for (int i = 0; i < NUM_RESULTS; i++) results[i] = sum(totals[i]);
+    if (bias)
+        for (int i = 0; i < NUM_RESULTS; i++) results[i] += to_float(bias[i % NUM_OUTPUTS]);
+    T rounded[LANES];
+    store(rounded, load(results));
     for (int row = 0; row < NUM_ROWS; row++)
-        for (int o = 0; o < count; o++)
-            put(output + row * out_features + first + o,
-                results[row * NUM_OUTPUTS + o] + (bias ? to_float(bias[first + o]) : 0.0f));
+        std::memcpy(output + row * out_features, rounded + row * NUM_OUTPUTS, NUM_OUTPUTS * sizeof(T));
 }
 
-// A group of outputs for NUM_ROWS rows, and then for as many again while there are; returns how many rows that were.
-template <class T, int NUM_ROWS>
-int64_t rows_of_group(const T* x, const T* weight, const T* bias, T* output, int64_t group, int64_t num_rows,
-                      int64_t in_features, int64_t out_features) {
-    int64_t row = 0, end = std::min(group + GROUP, out_features);
-    for (; row + NUM_ROWS <= num_rows; row += NUM_ROWS)
-        for (int64_t first = group; first < end; first += LANES / NUM_ROWS)
-            tile<T, NUM_ROWS>(x + row * in_features, weight, bias, output + row * out_features, first, in_features,
-                              out_features);
-    return row;
+// The outputs from `first` to `last` for NUM_ROWS rows, NUM_OUTPUTS at a time and the rest one by one.
+template <class T, int NUM_ROWS, int NUM_OUTPUTS>
+void outputs(const T* x, const T* weight, const T* bias, T* output, int64_t first, int64_t last, int64_t in_features,
+             int64_t out_features) {
+    for (; first + NUM_OUTPUTS <= last; first += NUM_OUTPUTS)
+        tile<T, NUM_ROWS, NUM_OUTPUTS>(x, weight + first * in_features, bias ? bias + first : bias, output + first,
+                                       in_features, out_features, NUM_OUTPUTS == 1 ? AHEAD : GROUP * in_features);
+    if constexpr (NUM_OUTPUTS > 1)
+        outputs<T, NUM_ROWS, 1>(x, weight, bias, output, first, last, in_features, out_features);
 }
 
+// With one or two rows of a weight that no cache holds, memory is the limit, and it is fastest read in its order.
+// Otherwise loads from caches are: many outputs at once need fewer of them. Eight rows and two outputs are fastest as
+// long as the rows stay near, then four and four.
 template <class T>
 void linear(const T* x, const T* weight, const T* bias, T* output, int64_t num_rows, int64_t in_features,
             int64_t out_features) {
+    bool in_order = num_rows <= 2 && in_features * out_features >= IN_ORDER_ELEMENTS;
+    bool near = 8 * in_features * static_cast<int64_t>(sizeof(T)) <= NEAR_BYTES;
 #pragma omp parallel for schedule(static) if (in_features * out_features * num_rows > 8 * SERIAL_ELEMENTS)
     for (int64_t group = 0; group < out_features; group += GROUP) {
-        int64_t row = 0;
-        auto run = [&](auto rows_of) {
-            row += rows_of(x + row * in_features, weight, bias, output + row * out_features, group, num_rows - row,
-                           in_features, out_features);
+        int64_t end = std::min(group + GROUP, out_features), row = 0;
+        auto run = [&](auto of_rows) {
+            of_rows(x + row * in_features, weight, bias, output + row * out_features, group, end, in_features,
+                    out_features);
         };
-        run(rows_of_group<T, 8>);
-        run(rows_of_group<T, 4>);
-        run(rows_of_group<T, 2>);
-        run(rows_of_group<T, 1>);
+        for (; near && row + 8 <= num_rows; row += 8) run(outputs<T, 8, 2>);
+        for (; row + 4 <= num_rows; row += 4) run(outputs<T, 4, 4>);
+        for (; row + 2 <= num_rows; row += 2) run(in_order ? outputs<T, 2, 1> : outputs<T, 2, 8>);
+        if (row < num_rows) run(in_order ? outputs<T, 1, 1> : outputs<T, 1, 16>);
     }
 }
 

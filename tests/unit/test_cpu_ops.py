@@ -85,11 +85,14 @@ def test_linear(dtype, num_rows, in_features, out_features, has_bias):
     close(cpu_ops.linear(x, weight, bias), expected)
 
 
-def test_a_row_does_not_depend_on_those_beside_it(dtype):
-    x, weight = torch.randn(16, 256, dtype=dtype), torch.randn(100, 256, dtype=dtype)
+@pytest.mark.parametrize("out_features", [100, 4099], ids=["of caches", "of memory"])
+def test_a_row_does_not_depend_on_those_beside_it(dtype, out_features):
+    """One and two rows of a large weight take a way of their own."""
+    x, weight = torch.randn(16, 256, dtype=dtype), torch.randn(out_features, 256, dtype=dtype)
     together = cpu_ops.linear(x, weight, None)
-    alone = torch.cat([cpu_ops.linear(row, weight, None) for row in x.split(1)])
-    assert torch.equal(together, alone)
+    for num_rows in (1, 2, 3, 7):
+        apart = torch.cat([cpu_ops.linear(rows, weight, None) for rows in x.split(num_rows)])
+        assert torch.equal(together, apart)
 
 
 @pytest.mark.parametrize("head_dim", cpu_ops.HEAD_DIMS)
