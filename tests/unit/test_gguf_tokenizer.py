@@ -99,7 +99,7 @@ def by_definition(text):
 WORDS = st.sampled_from([*PROSE.split(), " ", "  ", "th", "e", "\n", "世", "😀", "▁", "é", "spare"])
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(st.lists(WORDS, min_size=1, max_size=8).map("".join))
 def test_pieces_are_merged_by_their_scores(llama, text):
     ids = by_definition(text)
