@@ -98,7 +98,7 @@ async def test_transformers_finds_the_same(engine: AsyncEngine, checkpoint: tupl
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 3.0, -1.0])
+@pytest.mark.parametrize("penalty", [-1.0, 2.0])
 async def test_beams_that_end_are_scored_by_their_length(
     engine: AsyncEngine, checkpoint: tuple[Path, PreTrainedModel], penalty: float
 ):

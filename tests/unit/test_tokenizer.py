@@ -483,6 +483,7 @@ REPEATED = st.tuples(
 
 
 @pytest.mark.parametrize("name", ["tiny", pytest.param("real", marks=real_tokenizer)])
+@settings(max_examples=50)
 @given(parts=st.lists(REPEATED, min_size=1, max_size=8), most=st.integers(1, 60))
 def test_only_text_with_more_tokens_is_found_too_long(request, name: str, parts: list[tuple[str, int]], most: int):
     tokenizer = request.getfixturevalue(name)
