@@ -54,7 +54,7 @@ class ModelConfig(BaseModel):
     vocab_size: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
     intermediate_size: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1, le=10_000)
     num_attention_heads: int = Field(ge=1)
     num_key_value_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2, multiple_of=2)
@@ -68,7 +68,7 @@ class ModelConfig(BaseModel):
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
     max_window_layers: int | None = Field(None, ge=0)
     """Where `layer_types` does not say: layers from this one on have the window."""
-    num_experts: int | None = Field(None, ge=1)
+    num_experts: int | None = Field(None, ge=1, le=10_000)
     num_experts_per_tok: int = Field(8, ge=1)
     moe_intermediate_size: int | None = Field(None, ge=1)
     norm_topk_prob: bool = False

@@ -1,5 +1,6 @@
 """LLMEngine and LLM: what they refuse, how they isolate, what they report."""
 
+import json
 import logging
 import re
 
@@ -235,6 +236,9 @@ def test_bad_checkpoints_stop_the_start_in_one_line(tmp_path, checkpoint):
     config = (checkpoint / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace("Qwen3ForCausalLM", "MambaForCausalLM"))
     with pytest.raises(CheckpointError, match=r"MambaForCausalLM is not supported; expected .*Qwen3ForCausalLM"):
+        LLM(str(tmp_path), **FIELDS)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(config) | {"num_hidden_layers": 10**9}))
+    with pytest.raises(CheckpointError, match="num_hidden_layers: Input should be less than or equal to 10000"):
         LLM(str(tmp_path), **FIELDS)
 
 
