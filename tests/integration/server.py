@@ -220,3 +220,13 @@ def _listening_sockets() -> list[tuple[str, int, str]]:
                 words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
                 found.append((socket.inet_ntop(family, b"".join(words)), int(port, 16), fields[9]))
     return found
+
+
+def known_by(server: Server, num_replicas: int) -> bool:
+    """Whether both ingresses hear from so many replicas. A connection of its own may get to either."""
+    heard: dict[str, int] = {}
+    for _ in range(8):
+        found = httpx.get(f"{server.url}/status", timeout=30).json()
+        replicas = found["models"][0]["replicas"]
+        heard[found["ingress"]] = sum(each["age_s"] is not None and each["age_s"] < 2 for each in replicas)
+    return len(heard) == 2 and set(heard.values()) == {num_replicas}

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from tests.integration.faults import DEADLY_PROMPT
-from tests.integration.server import Server
+from tests.integration.server import Server, known_by
 from tests.integration.streams import PATIENCE_S, check, report, run_streams, until
 
 SERVE = (
@@ -71,16 +71,6 @@ async def replicas(fleet: Server) -> list[int]:
 def undisturbed(fleet: Server) -> list[str]:
     """What the streams say when nothing happens."""
     return [stream.text for stream in asyncio.run(run_streams(fleet, NUM_STREAMS))]
-
-
-def known_by(fleet: Server, num_replicas: int) -> bool:
-    """Whether both ingresses hear from so many replicas. A connection of its own may get to either."""
-    heard: dict[str, int] = {}
-    for _ in range(8):
-        found = httpx.get(f"{fleet.url}/status", timeout=30).json()
-        replicas = found["models"][0]["replicas"]
-        heard[found["ingress"]] = sum(each["age_s"] is not None and each["age_s"] < 2 for each in replicas)
-    return len(heard) == 2 and set(heard.values()) == {num_replicas}
 
 
 async def test_a_replica_that_hangs(

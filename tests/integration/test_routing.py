@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.integration.server import MAKE_SERVE, Server
+from tests.integration.server import MAKE_SERVE, Server, known_by
 
 ENGINE = {"kv_cache_memory": "64MiB", "max_num_seqs": 8, "num_threads": 1}
 BLOCK = 16
@@ -40,11 +40,8 @@ def pair() -> Iterator[Server]:
     folder = Path(tempfile.mkdtemp(prefix="q3p-"))
     with PairServer(folder, MAKE_SERVE, ENGINE) as running:
         deadline = time.monotonic() + PATIENCE_S
-        while len(running.processes_named("ServeReplica:qwen3:EngineReplica")) < 2:
-            assert time.monotonic() < deadline, "no second replica"
-            time.sleep(0.1)
-        while len(counter(running.url, "model_info")) < 2:  # of each ingress, once it can use the model
-            assert time.monotonic() < deadline, "no second ingress"
+        while not known_by(running, 2):
+            assert time.monotonic() < deadline, "not both ingresses hear from both replicas"
             time.sleep(0.1)
         yield running
     shutil.rmtree(folder)
