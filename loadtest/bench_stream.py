@@ -233,7 +233,7 @@ def main() -> None:
     options = parser.parse_args()
     for path in PATHS:
         with service(path) as url:
-            asyncio.run(measure(url, 8, 20))  # warms up
+            asyncio.run(measure(url, max(options.streams), 50))  # warms up
             idle_ms = asyncio.run(measure_idle(url))
             print(f"{path:28} idle: TTFT p50 {idle_ms:.1f} ms")
             print(json.dumps({"path": path, "idle_ttft_p50_ms": idle_ms}), flush=True)
