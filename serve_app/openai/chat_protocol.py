@@ -118,6 +118,13 @@ class TemplateVariables(Body):
     enable_thinking: bool | None = None
 
 
+def not_beside_continuing(value: bool, info: ValidationInfo) -> bool:
+    """Validates `add_generation_prompt`: an answer that goes on begins with nothing new."""
+    if value and info.data.get("continue_final_message"):
+        raise ValueError("is true, expected false beside continue_final_message: true")
+    return value
+
+
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
@@ -186,12 +193,7 @@ class ChatBody(GenerationBody):
             raise ValueError("needs a last message that is the assistant's and has no tool calls")
         return value
 
-    @field_validator("add_generation_prompt")
-    @classmethod
-    def _not_beside_continuing(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("continue_final_message"):
-            raise ValueError("is true, expected false beside continue_final_message: true")
-        return value
+    _prompts_or_continues = field_validator("add_generation_prompt")(not_beside_continuing)
 
     @field_validator("reasoning_effort")
     @classmethod

@@ -27,6 +27,10 @@ _UNSUPPORTED = {
 }
 
 
+class _UnsupportedError(Exception):
+    """A part of an expression that no place of a character stands for."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """A part of an expression: the places of the characters that it can begin and end with."""
@@ -75,7 +79,7 @@ class StopExpressions:
             raise _wrong(pattern, str(error)[:100]) from None
         except RecursionError:
             raise _wrong(pattern, "it is nested too deeply") from None
-        except NotImplementedError as error:
+        except _UnsupportedError as error:
             raise _wrong(pattern, f"{error} is not supported; leave it out") from None
         if part.is_optional:
             raise _wrong(pattern, "it matches the empty text; expected at least one character")
@@ -97,7 +101,7 @@ class StopExpressions:
             return self._sequence(self._part(each, (flags | added) & ~removed) for each in inner)
         if kind in (_constants.MAX_REPEAT, _constants.MIN_REPEAT):
             return self._repeat(value, flags)
-        raise NotImplementedError(_UNSUPPORTED.get(kind, "an atomic group"))
+        raise _UnsupportedError(_UNSUPPORTED.get(kind, "an atomic group"))
 
     def _repeat(self, value: tuple[int, int, Any], flags: int) -> _Part:
         least, most, inner = value

@@ -6,7 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from engine.errors import RequestError
 from serve_app.openai.chat_prompt import render
-from serve_app.openai.chat_protocol import ChatBody, Message, TemplateVariables, Tool
+from serve_app.openai.chat_protocol import ChatBody, Message, TemplateVariables, Tool, not_beside_continuing
 from serve_app.openai.endpoint import ServedModel, adapter_of, check_count
 from serve_app.openai.errors import bad_request
 from serve_app.openai.protocol import Body, Text, TokenId
@@ -33,12 +33,7 @@ class TokenizeBody(Body):
             raise ValueError(f"there are {found} of prompt and messages, expected one of the two")
         return value
 
-    @field_validator("add_generation_prompt")
-    @classmethod
-    def _not_beside_continuing(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("continue_final_message"):
-            raise ValueError("is true, expected false beside continue_final_message: true")
-        return value
+    _prompts_or_continues = field_validator("add_generation_prompt")(not_beside_continuing)
 
     @field_validator("tools", "chat_template_kwargs", "continue_final_message")
     @classmethod
